@@ -1,0 +1,137 @@
+"""Talk to a trained model: it goes on from what you type, one character at a time.
+
+Nothing is needed but the model file, which holds weights, shape and vocabulary. The model is not an assistant; it
+continues text in the manner of the text that it was trained on.
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import torch
+
+from model import GPTLanguageModel, ModelFileError, Vocabulary, default_dtype, find_device, load_model
+
+try:
+    import readline  # noqa: F401  (arrow keys and history in input(), where the platform has it)
+except ImportError:
+    pass
+
+
+def encode_prompt(prompt: str, vocabulary: Vocabulary) -> list[int]:
+    """The prompt's token ids, less the characters that the model has never seen, with a notice that names them."""
+    unknown = sorted(set(prompt) - set(vocabulary.characters))
+    if unknown:
+        names = " ".join(repr(character) for character in unknown)
+        print(f"left out, as the model has never seen them: {names}", file=sys.stderr)
+    known = "".join(character for character in prompt if character in vocabulary.ids)
+    return vocabulary.encode(known or ("\n" if "\n" in vocabulary.ids else vocabulary.characters[0]))
+
+
+def answer(prompt: str, model: GPTLanguageModel, vocabulary: Vocabulary, args: argparse.Namespace) -> None:
+    """Print the prompt and what the model makes of it, as it is made; several completions whole, one after another."""
+    ids = encode_prompt(prompt, vocabulary)
+    index = torch.tensor([ids] * args.batch_size, device=args.device)
+    options = {"temperature": args.temperature, "top_k": args.top_k, "generator": args.generator}
+    if args.batch_size > 1:
+        for i, row in enumerate(model.generate(index, args.max_new_tokens, **options).tolist(), start=1):
+            print(f"Completion {i}:\n{vocabulary.decode(row)}")
+        return
+    print(f"Completion:\n{vocabulary.decode(ids)}", end="", flush=True)
+    try:
+        for token in model.stream(index, args.max_new_tokens, **options):
+            print(vocabulary.decode([token.item()]), end="", flush=True)
+    finally:
+        print()
+
+
+def chat(model: GPTLanguageModel, vocabulary: Vocabulary, args: argparse.Namespace) -> None:
+    """Answer prompts until the input ends or Ctrl-C at the prompt; Ctrl-C in an answer ends that answer."""
+    while True:
+        try:
+            prompt = input("Prompt: ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        try:
+            answer(prompt, model, vocabulary, args)
+        except KeyboardInterrupt:
+            print("(stopped)", file=sys.stderr)
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS,
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Talk to a model that training.py has made.",
+    )
+
+    def flag(name: str, **options):
+        parser.add_argument(f"-{name}", f"--{name}", **options)
+
+    flag("model", type=Path, default=Path("model-01.pkl"), help="file of the trained model")
+    flag("prompt", help="answer this prompt and exit; without it, prompts are asked for")
+    flag("max_new_tokens", type=number(int, 1), default=150, help="characters to add to a prompt")
+    flag("temperature", type=number(float, 0), default=0.8, help="0 always takes the likeliest character, 1 samples as learnt, more gets wilder")  # fmt: skip
+    flag("top_k", type=number(int, 1), help="sample only from the k likeliest characters; without it, from all")
+    flag("seed", type=number(int, 0), help="makes the answers repeatable; without it, they differ each time")
+    flag("batch_size", type=number(int, 1), default=1, help="completions per prompt")
+    flag("device", help="cpu, cuda, cuda:1, ...; without it, cuda if there is one, else cpu")
+    flag("dtype", choices=("float32", "bfloat16"), help="precision of the weights; without it, what is fast here")
+    args = parser.parse_args(arguments)
+    try:
+        args.device = find_device(args.device)
+    except ValueError as error:
+        parser.error(f"argument -device: {error}")
+    args.dtype = getattr(torch, args.dtype) if args.dtype else default_dtype(args.device)
+    return args
+
+
+def number(kind: type, least: float):
+    """A type for argparse: an int or float from `least` up."""
+
+    def parse(text: str):
+        value = kind(text)
+        if not least <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not {least} or more")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it in "invalid int value"
+    return parse
+
+
+def run(args: argparse.Namespace) -> int:
+    model, vocabulary = load_model(args.model, args.device)
+    if args.top_k and args.top_k > len(vocabulary):
+        print(f"chatbot.py: argument -top_k: the model knows only {len(vocabulary)} characters", file=sys.stderr)
+        return 2
+    model.to(args.dtype)
+    args.generator = torch.Generator(args.device)
+    args.generator.seed() if args.seed is None else args.generator.manual_seed(args.seed)
+    if args.prompt is not None:
+        answer(args.prompt, model, vocabulary, args)
+    else:
+        chat(model, vocabulary, args)
+    return 0
+
+
+def main() -> int:
+    args = parse_args()
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="replace")
+    try:
+        return run(args)
+    except ModelFileError as error:
+        print(f"chatbot.py: {error}", file=sys.stderr)
+    except OSError as error:
+        hint = "; train one with training.py, or name yours with -model" if isinstance(error, FileNotFoundError) else ""
+        print(f"chatbot.py: {error.filename}: {error.strerror}{hint}", file=sys.stderr)
+    except KeyboardInterrupt:
+        return 130
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,393 @@
+"""A GPT over characters, from one attention head up to the model that writes text, and the file it is kept in.
+
+Shapes: B sequences in a batch, T time steps (characters) in a sequence, C = n_embd numbers per character,
+V = vocab_size characters, H heads of D = head_size numbers each.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class Dropout(nn.Module):
+    """Zero each number with probability `p` while training and scale up the rest, so that the mean stays.
+
+    A network that can't rely on any single number learns more robust ones (Srivastava et al. 2014, "Dropout", JMLR 15).
+    """
+
+    def __init__(self, p: float):
+        super().__init__()
+        if not 0 <= p < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, not {p}")
+        self.p = p
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.p == 0:
+            return x
+        if x.device.type != "cpu":
+            return F.dropout(x, self.p)
+        # One 64-bit random number decides for eight elements, 8 bits each, so p is rounded to 256ths. Drawing one
+        # number per element, as F.dropout does on a CPU, took 28 % of a training step; this takes 3 %.
+        keep = max(1, round((1 - self.p) * 256))
+        words = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
+        kept = words.view(torch.uint8)[: x.numel()].view(x.shape) <= keep - 1
+        return x * kept * (256 / keep)
+
+
+class Head(nn.Module):
+    """One head of self-attention: every time step gathers what it looks for from itself and the steps before it.
+
+    Vaswani et al. 2017, "Attention Is All You Need", section 3.2.1.
+    """
+
+    def __init__(self, head_size: int, n_embd: int, block_size: int, dropout: float):
+        super().__init__()
+        self.key = nn.Linear(n_embd, head_size, bias=False)
+        self.query = nn.Linear(n_embd, head_size, bias=False)
+        self.value = nn.Linear(n_embd, head_size, bias=False)
+        self.register_buffer("tril", lower_triangle(block_size), persistent=False)
+        self.dropout = Dropout(dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, C) -> (B, T, D)"""
+        return self.attend(self.query(x), self.key(x), self.value(x))
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Queries (..., T, D), keys and values (..., S, D) -> (..., T, D); the T queries are the last of S time steps."""
+        T, S, head_size = q.shape[-2], *k.shape[-2:]
+        weights = q @ k.transpose(-2, -1) * head_size**-0.5  # (..., T, S): how well each key answers each query
+        weights = weights.masked_fill(~self.tril[S - T : S, :S], float("-inf"))  # nothing comes from the future
+        weights = F.softmax(weights, dim=-1)  # each query's weights add up to 1
+        return self.dropout(weights) @ v  # a weighted mean of the values
+
+
+def lower_triangle(block_size: int, device: torch.device | str | None = None) -> torch.Tensor:
+    """(block_size, block_size) booleans: row t is True at the time steps that step t may see, those up to t."""
+    return torch.ones(block_size, block_size, dtype=torch.bool, device=device).tril()
+
+
+class MultiHeadAttention(nn.Module):
+    """Several heads side by side, each free to look for something else, and a projection that mixes what they found."""
+
+    def __init__(self, num_heads: int, head_size: int, n_embd: int, block_size: int, dropout: float):
+        super().__init__()
+        self.heads = nn.ModuleList(Head(head_size, n_embd, block_size, dropout) for _ in range(num_heads))
+        self.proj = nn.Linear(num_heads * head_size, n_embd)
+        self.dropout = Dropout(dropout)
+
+    def forward(self, x: torch.Tensor, cache: "Cache | None" = None) -> torch.Tensor:
+        """(B, T, C) -> (B, T, C)
+
+        The same as `dropout(proj(cat([head(x) for head in heads], dim=-1)))`, with all heads in one multiplication.
+        With a cache, x holds only new time steps, and earlier ones are remembered from previous calls.
+        """
+        B, T, _ = x.shape
+        weight = self.joined_weight() if cache is None else cache.weight
+        q, k, v = F.linear(x, weight).view(B, T, 3, len(self.heads), -1).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        if cache is not None:
+            k, v = cache.append(k, v)  # (B, H, S, D) with the S - T earlier time steps
+        y = self.heads[0].attend(q, k, v)  # (B, H, T, D)
+        return self.dropout(self.proj(y.transpose(1, 2).flatten(2)))
+
+    def joined_weight(self) -> torch.Tensor:
+        """(3·H·D, C): the queries' weights of all heads, then the keys', then the values'."""
+        parts = ("query", "key", "value")
+        return torch.cat([getattr(head, part).weight for part in parts for head in self.heads])
+
+
+class Cache:
+    """What one MultiHeadAttention remembers while text is generated, so that each new token costs one time step.
+
+    Holds keys and values (B, H, block_size, D), of which the first `length` time steps are filled.
+    """
+
+    def __init__(self, attention: MultiHeadAttention, batch_size: int):
+        head = attention.heads[0]
+        head_size, block_size = head.key.out_features, len(head.tril)
+        self.weight = attention.joined_weight()  # joined once here and not for every token
+        self.keys = self.weight.new_empty(batch_size, len(attention.heads), block_size, head_size)
+        self.values = torch.empty_like(self.keys)
+        self.length = 0
+
+    def append(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add T time steps (B, H, T, D); return all so far, (B, H, S, D)."""
+        start, self.length = self.length, self.length + k.shape[2]
+        self.keys[:, :, start : self.length] = k
+        self.values[:, :, start : self.length] = v
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with a ReLU between: each time step works on what attention brought it, on its own."""
+
+    def __init__(self, n_embd: int, dropout: float):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(n_embd, 4 * n_embd),
+            nn.ReLU(),
+            nn.Linear(4 * n_embd, n_embd),
+            Dropout(dropout),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, C) -> (B, T, C)"""
+        return self.net(x)
+
+
+class Block(nn.Module):
+    """Communication (attention), then computation (feed-forward), each added to its input and normalised after.
+
+    The order "add, then normalise" (post-norm) is that of Vaswani et al. 2017, section 3.1.
+    """
+
+    def __init__(self, n_embd: int, n_head: int, block_size: int, dropout: float):
+        super().__init__()
+        self.sa = MultiHeadAttention(n_head, n_embd // n_head, n_embd, block_size, dropout)
+        self.ffwd = FeedForward(n_embd, dropout)
+        self.ln1 = nn.LayerNorm(n_embd)
+        self.ln2 = nn.LayerNorm(n_embd)
+
+    def forward(self, x: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
+        """(B, T, C) -> (B, T, C)"""
+        y = self.sa(x, cache)
+        x = self.ln1(x + y)
+        y = self.ffwd(x)
+        return self.ln2(x + y)
+
+
+class GPTLanguageModel(nn.Module):
+    """A decoder-only Transformer: for every time step, a score for each character of the vocabulary to come next.
+
+    `config` holds the constructor's arguments. Raises ValueError for sizes below 1 and if n_head does not divide n_embd.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        n_embd: int = 384,
+        n_head: int = 4,
+        n_layer: int = 4,
+        block_size: int = 128,
+        dropout: float = 0.2,
+    ):
+        super().__init__()
+        sizes = {
+            "vocab_size": vocab_size,
+            "n_embd": n_embd,
+            "n_head": n_head,
+            "n_layer": n_layer,
+            "block_size": block_size,
+        }
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, not {size}")
+        if n_embd % n_head:
+            raise ValueError(f"n_embd ({n_embd}) must be a multiple of n_head ({n_head}), the heads share it")
+        self.config = {**sizes, "dropout": dropout}
+        self.block_size = block_size
+        self.token_embedding_table = nn.Embedding(vocab_size, n_embd)
+        self.position_embedding_table = nn.Embedding(block_size, n_embd)
+        self.blocks = nn.Sequential(*[Block(n_embd, n_head, block_size, dropout) for _ in range(n_layer)])
+        self.ln_f = nn.LayerNorm(n_embd)
+        self.lm_head = nn.Linear(n_embd, vocab_size)
+        self.apply(self._init_weights)
+        self._share_tril()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, mean=0.0, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def _share_tril(self) -> None:
+        """Let all heads hold one and the same triangle instead of a copy each."""
+        tril = lower_triangle(self.block_size, self.lm_head.weight.device)
+        for module in self.modules():
+            if isinstance(module, Head):
+                module.tril = tril
+
+    def _apply(self, *args, **kwargs):
+        """What `.to(device)` calls; it would leave each head a triangle of its own."""
+        super()._apply(*args, **kwargs)
+        self._share_tril()
+        return self
+
+    def forward(
+        self, index: torch.Tensor, targets: torch.Tensor | None = None, caches: list[Cache] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Token ids (B, T), and the ids that follow each of them (B, T) -> logits (B, T, V), mean cross-entropy in nats.
+
+        Without targets the loss is None. With `caches` (see `new_caches`) the ids continue those of earlier calls.
+        Raises ValueError if there are no time steps or more than `block_size`.
+        """
+        start = caches[0].length if caches else 0
+        T = index.shape[1]
+        if not 0 < T <= self.block_size - start:
+            raise ValueError(f"the model takes 1 to {self.block_size} time steps, not {start + T}")
+        positions = torch.arange(start, start + T, device=index.device)
+        x = self.token_embedding_table(index) + self.position_embedding_table(positions)  # (B, T, C) + (T, C)
+        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks)):
+            x = block(x, cache)
+        logits = self.lm_head(self.ln_f(x))
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def new_caches(self, batch_size: int) -> list[Cache]:
+        """Empty caches, one for each block, to pass to `forward`."""
+        return [Cache(block.sa, batch_size) for block in self.blocks]
+
+    def generate(self, index: torch.Tensor, max_new_tokens: int, **options) -> torch.Tensor:
+        """Token ids (B, T) -> (B, T + max_new_tokens), each new one sampled given those before; options as in `stream`."""
+        return torch.cat([index, *self.stream(index, max_new_tokens, **options)], dim=1)
+
+    @torch.no_grad()
+    def stream(
+        self,
+        index: torch.Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[torch.Tensor]:
+        """Yield the next token of each sequence (B, 1), `max_new_tokens` times, while the model is in eval mode.
+
+        `temperature` divides the logits: below 1 the likely characters get likelier, 0 always takes the likeliest.
+        `top_k` leaves only the k likeliest to choose from. Raises ValueError for bad arguments or ids.
+
+        While the text fits into `block_size`, caches give exactly what the whole model would. From then on the model
+        sees the latest half to whole `block_size` tokens: whenever the window is full, it is started anew from its
+        second half, since a cache can't slide (each position has its own embedding).
+        """
+        vocab_size = self.config["vocab_size"]
+        if index.shape[1] == 0 or index.min() < 0 or index.max() >= vocab_size:
+            raise ValueError(f"the context must be one or more token ids from 0 to {vocab_size - 1}")
+        if temperature < 0 or (top_k is not None and not 0 < top_k <= vocab_size):
+            raise ValueError(f"temperature must be 0 or more and top_k between 1 and {vocab_size}")
+        was_training = self.training
+        self.eval()
+        try:
+            context = new = index[:, -self.block_size :]
+            caches = self.new_caches(len(index))
+            for _ in range(max_new_tokens):
+                if caches[0].length + new.shape[1] > self.block_size:
+                    new = context = context[:, -max(1, self.block_size // 2) :]
+                    for cache in caches:
+                        cache.length = 0
+                logits, _ = self(new, caches=caches)
+                new = sample(logits[:, -1], temperature, top_k, generator)
+                context = torch.cat([context, new], dim=1)
+                yield new
+        finally:
+            self.train(was_training)
+
+
+def sample(
+    logits: torch.Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None
+) -> torch.Tensor:
+    """Logits (B, V) -> ids (B, 1)"""
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    logits = logits.float() / temperature
+    if top_k is not None:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
+    return torch.multinomial(F.softmax(logits, dim=-1), num_samples=1, generator=generator)
+
+
+class Vocabulary:
+    """The characters a model knows, sorted by code point; a character's token id is its place among them."""
+
+    def __init__(self, characters: str):
+        self.characters = "".join(sorted(set(characters)))
+        self.ids = {character: i for i, character in enumerate(self.characters)}
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "Vocabulary":
+        """The characters in a `vocab.txt`. Raises OSError, and UnicodeDecodeError if it is not UTF-8."""
+        return cls(Path(path).read_bytes().decode("utf-8"))
+
+    def __len__(self) -> int:
+        return len(self.characters)
+
+    def encode(self, text: str) -> list[int]:
+        """Raises ValueError, naming it, for a character that is not in the vocabulary."""
+        try:
+            return [self.ids[character] for character in text]
+        except KeyError as error:
+            raise ValueError(f"the character {error.args[0]!r} is not in the vocabulary") from None
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(self.characters[i] for i in ids)
+
+
+class ModelFileError(ValueError):
+    """A model file can't be used; the message names it, says why and what to do."""
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator:
+    """A new binary file that takes the place of `path`, whole, once the block has succeeded and it is on the disk."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_model(path: str | Path, model: GPTLanguageModel, vocabulary: Vocabulary) -> None:
+    """Save weights, constructor arguments and vocabulary, all that is needed to use the model. Raises OSError."""
+    content = {"config": model.config, "vocabulary": vocabulary.characters, "weights": model.state_dict()}
+    with replacing(path) as file:
+        torch.save(content, file)
+
+
+def load_model(
+    path: str | Path, device: torch.device | str = "cpu", vocabulary: Vocabulary | None = None
+) -> tuple[GPTLanguageModel, Vocabulary]:
+    """The model of a file in eval mode, and its vocabulary, or the one given for a file that has none.
+
+    Only data and tensors are read: no code in the file can run. Raises OSError and ModelFileError.
+    """
+    with open(path, "rb") as file:
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+            config, weights = content["config"], content["weights"]
+            vocabulary = Vocabulary(content["vocabulary"]) if "vocabulary" in content else vocabulary
+            with torch.device("meta"):  # no memory and no random weights for a model that gets the file's
+                model = GPTLanguageModel(**config)
+            model.load_state_dict(weights, assign=True)
+            model._share_tril()
+        except Exception as error:  # whatever a damaged or foreign file may cause
+            reason = str(error).partition("\n")[0]
+            raise ModelFileError(f"{path}: not a model that training.py has saved ({reason})") from error
+    if vocabulary is None or len(vocabulary) != config["vocab_size"]:
+        raise ModelFileError(f"{path}: the vocabulary does not fit the model")
+    return model.to(device).eval(), vocabulary
+
+
+def find_device(name: str | None = None) -> torch.device:
+    """The device of that name, or without a name CUDA if there is one, else the CPU. Raises ValueError."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"there is no device {name!r} here ({str(error).partition(chr(10))[0]})") from error
+    return device
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device multiplies it faster than float32, which is where it has units for it."""
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
