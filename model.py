@@ -5,6 +5,7 @@ V = vocab_size characters, H heads of D = head_size numbers each.
 """
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 
 class Dropout(nn.Module):
@@ -343,6 +345,15 @@ def replacing(path: str | Path) -> Iterator:
         temporary.unlink(missing_ok=True)
 
 
+class WithoutInit(TorchFunctionMode):
+    """Within it, modules are left with whatever was in memory: no time is spent on weights that a file replaces."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return kwargs.get("tensor") if kwargs else args[0]
+        return function(*args, **(kwargs or {}))
+
+
 def save_model(path: str | Path, model: GPTLanguageModel, vocabulary: Vocabulary) -> None:
     """Save weights, constructor arguments and vocabulary, all that is needed to use the model. Raises OSError."""
     content = {"config": model.config, "vocabulary": vocabulary.characters, "weights": model.state_dict()}
@@ -357,15 +368,15 @@ def load_model(
 
     Only data and tensors are read: no code in the file can run. Raises OSError and ModelFileError.
     """
-    with open(path, "rb") as file:
+    with open(path, "rb") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the error below says it
         try:
             content = torch.load(file, map_location="cpu", weights_only=True)
             config, weights = content["config"], content["weights"]
             vocabulary = Vocabulary(content["vocabulary"]) if "vocabulary" in content else vocabulary
-            with torch.device("meta"):  # no memory and no random weights for a model that gets the file's
+            with WithoutInit():
                 model = GPTLanguageModel(**config)
             model.load_state_dict(weights, assign=True)
-            model._share_tril()
         except Exception as error:  # whatever a damaged or foreign file may cause
             reason = str(error).partition("\n")[0]
             raise ModelFileError(f"{path}: not a model that training.py has saved ({reason})") from error

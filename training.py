@@ -10,7 +10,6 @@ import mmap
 import os
 import signal
 import sys
-import time
 from codecs import utf_8_decode
 from pathlib import Path
 
@@ -185,15 +184,19 @@ class Saver:
         return is_best
 
 
-def train(model: GPTLanguageModel, train_text: Text, val_text: Text, saver: Saver, args: argparse.Namespace) -> int:
-    """Run the training loop; return the number of the signal that ended it early, or 0."""
+def train(
+    model: GPTLanguageModel,
+    train_text: Text,
+    val_text: Text,
+    saver: Saver,
+    interruption: Interruption,
+    args: argparse.Namespace,
+) -> None:
+    """Run the training loop to its end or to an interruption."""
     optimizer = make_optimizer(model, args.weight_decay)
     tokens = args.batch_size * args.block_size
     model.train()
-    with (
-        Interruption() as interruption,
-        tqdm(total=args.max_iters * tokens, unit="tok", unit_scale=True, dynamic_ncols=True, mininterval=0.5) as bar,
-    ):
+    with tqdm(total=args.max_iters * tokens, unit="tok", unit_scale=True, dynamic_ncols=True, mininterval=0.5) as bar:
         for step in range(1, args.max_iters + 1):
             loss = train_step(model, optimizer, train_text, step - 1, args)
             bar.set_description(f"step {step}/{args.max_iters}", refresh=False)
@@ -207,8 +210,7 @@ def train(model: GPTLanguageModel, train_text: Text, val_text: Text, saver: Save
             if interruption.signal:
                 if saver.best == math.inf:
                     saver.save(model)
-                return interruption.signal
-    return 0
+                return
 
 
 # The command ---------------------------------------------------------------------------------------------------------
@@ -268,7 +270,7 @@ def number(kind: type, least: float, below: float = math.inf):
     return parse
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, interruption: Interruption) -> int:
     if not args.model.resolve().parent.is_dir():
         raise TrainingError(f"{args.model}: there is no such folder to save into")
     vocabulary = Vocabulary.from_file(args.data_dir / "vocab.txt")
@@ -288,10 +290,10 @@ def run(args: argparse.Namespace) -> int:
         f"step        {args.batch_size} x {args.block_size} = {args.batch_size * args.block_size:,} tokens", flush=True
     )
     saver = Saver(args.model, vocabulary)
-    ended_by = train(model, train_text, val_text, saver, args)
-    if ended_by:
+    train(model, train_text, val_text, saver, interruption, args)
+    if interruption.signal:
         print(f"training.py: interrupted; the model is in {args.model}", file=sys.stderr)
-        return 128 + ended_by
+        return 128 + interruption.signal
     model_flag = "" if args.model == Path("model-01.pkl") else f" -model {args.model}"
     print(f"best validation loss {saver.best:.4f}, in {args.model}; talk to it: python chatbot.py{model_flag}")
     return 0
@@ -300,7 +302,8 @@ def run(args: argparse.Namespace) -> int:
 def main() -> int:
     args = parse_args()
     try:
-        return run(args)
+        with Interruption() as interruption:
+            return run(args, interruption)
     except TrainingError as error:
         print(f"training.py: {error}", file=sys.stderr)
     except OSError as error:

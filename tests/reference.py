@@ -1,0 +1,87 @@
+"""The design's model once more, written as plainly as possible: what model.py must equal, and is timed against.
+
+Every head on its own, a mask cut for every call, torch's own dropout, the whole context anew for every token. Nothing
+here is shared with model.py but the parameter names, so that weights can be copied over.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+
+class PlainHead(nn.Module):
+    def __init__(self, head_size, n_embd, block_size, dropout):
+        super().__init__()
+        self.key = nn.Linear(n_embd, head_size, bias=False)
+        self.query = nn.Linear(n_embd, head_size, bias=False)
+        self.value = nn.Linear(n_embd, head_size, bias=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x):
+        time_steps = x.shape[1]
+        k, q, v = self.key(x), self.query(x), self.value(x)
+        scores = q @ k.transpose(1, 2) / math.sqrt(k.shape[2])
+        future = torch.ones(time_steps, time_steps, device=x.device).triu(1) == 1
+        scores[:, future] = -math.inf
+        return self.dropout(torch.softmax(scores, dim=2)) @ v
+
+
+class PlainMultiHeadAttention(nn.Module):
+    def __init__(self, num_heads, head_size, n_embd, block_size, dropout):
+        super().__init__()
+        self.heads = nn.ModuleList([PlainHead(head_size, n_embd, block_size, dropout) for _ in range(num_heads)])
+        self.proj = nn.Linear(num_heads * head_size, n_embd)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x):
+        return self.dropout(self.proj(torch.cat([head(x) for head in self.heads], dim=2)))
+
+
+class PlainFeedForward(nn.Module):
+    def __init__(self, n_embd, dropout):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(n_embd, 4 * n_embd), nn.ReLU(), nn.Linear(4 * n_embd, n_embd), nn.Dropout(dropout)
+        )
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class PlainBlock(nn.Module):
+    def __init__(self, n_embd, n_head, block_size, dropout):
+        super().__init__()
+        self.sa = PlainMultiHeadAttention(n_head, n_embd // n_head, n_embd, block_size, dropout)
+        self.ffwd = PlainFeedForward(n_embd, dropout)
+        self.ln1, self.ln2 = nn.LayerNorm(n_embd), nn.LayerNorm(n_embd)
+
+    def forward(self, x):
+        x = self.ln1(x + self.sa(x))
+        return self.ln2(x + self.ffwd(x))
+
+
+class PlainGPT(nn.Module):
+    def __init__(self, vocab_size, n_embd=384, n_head=4, n_layer=4, block_size=128, dropout=0.2):
+        super().__init__()
+        self.block_size = block_size
+        self.token_embedding_table = nn.Embedding(vocab_size, n_embd)
+        self.position_embedding_table = nn.Embedding(block_size, n_embd)
+        self.blocks = nn.Sequential(*[PlainBlock(n_embd, n_head, block_size, dropout) for _ in range(n_layer)])
+        self.ln_f = nn.LayerNorm(n_embd)
+        self.lm_head = nn.Linear(n_embd, vocab_size)
+
+    def forward(self, index, targets=None):
+        x = self.token_embedding_table(index) + self.position_embedding_table.weight[: index.shape[1]]
+        logits = self.lm_head(self.ln_f(self.blocks(x)))
+        if targets is None:
+            return logits, None
+        return logits, nn.functional.cross_entropy(logits.view(-1, logits.shape[2]), targets.reshape(-1))
+
+    @torch.no_grad()
+    def generate(self, index, max_new_tokens, greedy=False):
+        for _ in range(max_new_tokens):
+            last = self(index[:, -self.block_size :])[0][:, -1]
+            new = last.argmax(1, keepdim=True) if greedy else torch.multinomial(torch.softmax(last, 1), 1)
+            index = torch.cat([index, new], dim=1)
+        return index

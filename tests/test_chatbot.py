@@ -1,0 +1,149 @@
+"""chatbot.py: what a person types and sees, alone and piped."""
+
+import io
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import chatbot
+from model import GPTLanguageModel, Vocabulary, save_model
+
+CHARACTERS = "\n abcdefghijklmnopqrstuvwxyz"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a small untrained model."""
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("chat")
+    model = GPTLanguageModel(len(CHARACTERS), n_embd=16, n_head=2, n_layer=1, block_size=16)
+    save_model(folder / "model-01.pkl", model, Vocabulary(CHARACTERS))
+    return folder
+
+
+@pytest.fixture
+def chat(folder, monkeypatch, capsys):
+    """Run chatbot.main() in the folder; returns (exit status, standard output, standard error)."""
+
+    def run(*flags):
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+        monkeypatch.setattr(sys, "argv", ["chatbot.py", "-device", "cpu", *map(str, flags)])
+        try:
+            status = chatbot.main()
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def completion(output: str) -> str:
+    return output.removeprefix("Completion:\n").removesuffix("\n")
+
+
+def test_a_prompt_is_completed_once(chat):
+    status, output, errors = chat("-prompt", "hello")
+    assert status == 0 and errors == ""
+    assert output.startswith("Completion:\nhello") and len(completion(output)) == 5 + 150
+
+
+def test_piped_lines_are_answered_one_by_one(run_script, folder):
+    run = run_script("chatbot.py", "-max_new_tokens", "10", "-seed", "1", cwd=folder, stdin="one\n\ntwo")
+    assert run.returncode == 0 and run.stderr == ""
+    answers = run.stdout.split("Prompt: ")[1:]
+    assert len(answers) == 4  # three lines and the end of the input
+    for prompt, answer in zip(("one", "\n", "two"), answers):
+        assert answer.startswith(f"Completion:\n{prompt}") and len(completion(answer)) == len(prompt) + 10
+
+
+def test_each_prompt_stands_alone(run_script, folder):
+    flags = ("-max_new_tokens", "20", "-temperature", "0")
+    both = run_script("chatbot.py", *flags, cwd=folder, stdin="one\ntwo\n").stdout
+    alone = run_script("chatbot.py", *flags, cwd=folder, stdin="two\n").stdout
+    assert both.split("Prompt: ")[2] == alone.split("Prompt: ")[1]
+
+
+def test_seed_and_temperature_decide_the_answer(chat):
+    def answers(*flags):
+        return {chat("-prompt", "a", *flags)[1] for _ in range(3)}
+
+    assert len(answers("-seed", 1)) == 1
+    assert len(answers("-temperature", 0)) == 1
+    assert len(answers()) == 3
+    assert answers("-seed", 1) != answers("-seed", 2)
+    assert answers("-top_k", 1) == answers("-temperature", 0)
+
+
+def test_several_completions_are_numbered_and_whole(chat):
+    _, output, _ = chat("-prompt", "abc", "-batch_size", 3, "-max_new_tokens", 30)
+    parts = output.split("Completion ")[1:]
+    assert [part[:6] for part in parts] == ["1:\nabc", "2:\nabc", "3:\nabc"]
+    assert all(len(part.removesuffix("\n")) == 3 + 33 for part in parts)
+    assert len({part[3:] for part in parts}) == 3
+
+
+def test_unknown_characters_are_left_out_with_one_notice(chat):
+    status, output, errors = chat("-prompt", "aÄbÄ🙂c")
+    assert status == 0 and output.startswith("Completion:\nabc")
+    assert errors == "left out, as the model has never seen them: 'Ä' '🙂'\n"
+
+
+@pytest.mark.parametrize("prompt", ["", "ÄÖ"])
+def test_a_prompt_with_nothing_known_is_answered_from_a_newline(chat, prompt):
+    _, output, _ = chat("-prompt", prompt)
+    assert output.startswith("Completion:\n\n") and len(completion(output)) == 151
+
+
+def test_a_prompt_longer_than_the_window_is_shown_whole(chat):
+    prompt = "the quick brown fox jumps over the lazy dog"
+    _, output, _ = chat("-prompt", prompt, "-max_new_tokens", 40)
+    assert completion(output).startswith(prompt) and len(completion(output)) == len(prompt) + 40
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_both_precisions_answer(chat, dtype):
+    status, output, _ = chat("-prompt", "a", "-dtype", dtype)
+    assert status == 0 and len(completion(output)) == 151
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals to send")
+def test_ctrl_c_stops_an_answer_and_then_leaves(start_script, folder):
+    run = start_script("chatbot.py", "-max_new_tokens", str(10**7), cwd=folder, stdin=subprocess.PIPE)
+    run.stdin.write("abc\n")
+    run.stdin.flush()
+    shown = run.stdout.read(len("Prompt: Completion:\nabc") + 5)
+    assert shown.startswith("Prompt: Completion:\nabc")  # text arrives while more is being made
+    run.send_signal(signal.SIGINT)
+    while "\nPrompt: " not in shown:
+        shown += run.stdout.read(1)
+    run.send_signal(signal.SIGINT)
+    _, errors = run.communicate(timeout=30)
+    assert run.returncode == 0 and errors == "(stopped)\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "message"),
+    [
+        (["-max_new_tokens", 0], 2, "argument -max_new_tokens"),
+        (["-temperature", -1], 2, "argument -temperature"),
+        (["-temperature", "hot"], 2, "argument -temperature"),
+        (["-top_k", 0], 2, "argument -top_k"),
+        (["-top_k", 29], 2, "argument -top_k: the model knows only 28 characters"),
+        (["-batch_size", 1.5], 2, "argument -batch_size"),
+        (["-device", "nonsense"], 2, "argument -device"),
+        (["-unknown"], 2, "unrecognized"),
+        (["-model", "missing.pkl"], 1, "missing.pkl: No such file or directory; train one with training.py"),
+        (["-model", "."], 1, "Is a directory"),
+        (["-model", "damaged.pkl"], 1, "damaged.pkl: not a model"),
+        (["-model", "text.pkl"], 1, "text.pkl: not a model"),
+    ],
+)
+def test_bad_input_is_one_line(chat, folder, flags, status, message):
+    (folder / "damaged.pkl").write_bytes((folder / "model-01.pkl").read_bytes()[:-100])
+    (folder / "text.pkl").write_text("just text", encoding="utf-8")
+    found, output, errors = chat("-prompt", "a", *flags)
+    assert found == status and message in errors and errors.count("\n") == 1 and output == ""

@@ -1,0 +1,1029 @@
+"""What data_extract.py promises to someone with archives of text."""
+
+import codecs
+import errno
+import io
+import lzma
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+
+import data_extract
+from data_extract import Damaged, Extracted, find_archives, read_clean, take_sample
+
+SCRIPT = "data_extract.py"
+NAMES = ("output_train.txt", "output_val.txt", "vocab.txt")
+TINYSHAKESPEARE = Path(__file__).resolve().parents[2] / "shared" / "corpora" / "tinyshakespeare"
+FOREIGN = "Привет, мир. Γειά σου. 你好，世界。こんにちは。 नमस्ते. שלום. “Quoted” – café. 🙂🚀👩‍👩‍👧𝔘\ufeff"
+BOM = codecs.BOM_UTF8
+
+posix = pytest.mark.skipif(os.name != "posix", reason="POSIX links, limits and permissions")
+linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes through /proc")
+
+
+# Making archives -----------------------------------------------------------------------------------------------------
+
+
+def xz(data: bytes) -> bytes:
+    return lzma.compress(data, preset=0)
+
+
+def tar(members: dict[str, bytes] | list, format: int = tarfile.GNU_FORMAT) -> bytes:
+    """A tar of texts by name, or of (name or TarInfo, content) pairs."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=format) as archive:
+        for info, content in members.items() if isinstance(members, dict) else members:
+            if isinstance(info, str):
+                info = tarfile.TarInfo(info)
+                info.size = len(content)
+            archive.addfile(info, io.BytesIO(content) if content else None)
+    return buffer.getvalue()
+
+
+def member(name: str, kind: bytes = tarfile.REGTYPE, size: int = 0, linkname: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.size, info.linkname = kind, size, linkname
+    return info
+
+
+def v7(members: dict[str, bytes]) -> bytes:
+    """A tar from before there was a standard: without the word `ustar` in its headers."""
+    data = b""
+    for name, content in members.items():
+        header = bytearray(member(name, size=len(content)).tobuf(tarfile.USTAR_FORMAT))
+        header[257:512] = bytes(255)
+        header[148:156] = b" " * 8
+        header[148:156] = b"%06o\0 " % sum(header)
+        data += bytes(header) + content + bytes(-len(content) % 512)
+    return data + bytes(1024)
+
+
+def pax(record: bytes, *rest: tuple) -> bytes:
+    """A tar in which `record` says more about the members that follow."""
+    return tar([(member("pax", tarfile.XHDTYPE, len(record)), record), *rest])
+
+
+def put(folder: Path, files: dict[str, bytes]) -> Path:
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return folder
+
+
+# What should come out, as plainly as it can be said ------------------------------------------------------------------
+
+
+def plain(data: bytes) -> str:
+    return data.removeprefix(BOM).decode("utf-8", "replace").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def documents(contents: list[bytes]) -> str:
+    return "".join(text + "\n\n" for text in (plain(content).rstrip("\n") for content in contents) if text)
+
+
+def invalid_sequences(data: bytes) -> int:
+    count = 0
+
+    def handler(error):
+        nonlocal count
+        count += 1
+        return "", error.end
+
+    codecs.register_error("count", handler)
+    data.decode("utf-8", "count")
+    return count
+
+
+def three_files(texts: list[str]) -> list[bytes]:
+    if len(texts) == 1:
+        cut = int(0.9 * len(texts[0]))
+        train, val = texts[0][:cut], texts[0][cut:]
+    else:
+        cut = max(1, int(0.9 * len(texts)))
+        train, val = "".join(texts[:cut]), "".join(texts[cut:])
+    vocabulary = "".join(f"{character}\n" for character in sorted(set(train + val)))
+    return [train.encode(), val.encode(), vocabulary.encode()]
+
+
+def shards(count: int) -> dict[str, list[bytes]]:
+    """Documents in several scripts, by the name of the shard that they are in."""
+    generator = random.Random(count)
+    return {
+        f"urlsf_subset{i % 2:02d}-{i}_data": [
+            f"{i}.{j} {''.join(generator.choices(FOREIGN, k=200))}".encode() + b"\n" * j for j in range(3)
+        ]
+        for i in range(count)
+    }
+
+
+# Looking at what came out --------------------------------------------------------------------------------------------
+
+
+def read_three(folder: Path) -> list[bytes]:
+    return [(folder / name).read_bytes() for name in NAMES]
+
+
+def read_all(folder: Path) -> tuple[str, Extracted]:
+    """The clean text of all archives in a folder, one after the other, and the counts; in this process."""
+    total, texts = Extracted(), []
+    for archive in find_archives(folder, ignore=set()):
+        found = Extracted()
+        texts.append(b"".join(read_clean(archive, found)))
+        total.add(found)
+    return b"".join(texts).decode(), total
+
+
+def notices(stderr: str) -> list[str]:
+    """The lines on standard error but those of the progress bar."""
+    return [line for line in re.split(r"[\r\n]+", stderr) if line.strip() and not line.startswith("extracting:")]
+
+
+def complaint(result) -> str:
+    """The one line with which a run failed."""
+    assert result.returncode == 1, (result.returncode, result.stderr)
+    (line,) = notices(result.stderr)
+    assert line.startswith("data_extract.py: ")
+    assert "None" not in line
+    return line
+
+
+@pytest.fixture
+def earlier(tmp_path):
+    """An output folder with the files of an earlier run; afterwards it holds these as they were, and nothing else."""
+    contents = {name: f"{name} of an earlier run".encode() for name in NAMES}
+    folder = put(tmp_path / "out", contents)
+    yield folder
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == contents
+
+
+@pytest.fixture
+def limit_file_size():
+    """What a child process can call to find the disk full at some number of bytes per file."""
+    resource = pytest.importorskip("resource")
+
+    def limit(size: int) -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    return limit
+
+
+@pytest.fixture
+def small_chunks(monkeypatch, request):
+    monkeypatch.setattr(data_extract, "CHUNK", request.param)
+
+
+# The built-in sample and the folder to read --------------------------------------------------------------------------
+
+
+def test_without_flags_or_data_the_built_in_sample_is_used(run_script, tmp_path):
+    result = run_script(SCRIPT)
+    assert result.returncode == 0, result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(NAMES)
+    train, val, vocab = (content.decode("ascii") for content in read_three(tmp_path))
+    assert len(train) == int(0.9 * len(train + val)) > 300_000
+    assert vocab == "".join(f"{character}\n" for character in sorted(set(train + val)))
+    assert re.fullmatch(r"[\n -~]*", vocab), "nothing but printable ASCII and line ends"
+    assert "lambda" in train and "\n\n\n" not in train[:100] and '"' in train and "'" in train
+    (notice,) = notices(result.stderr)
+    assert "sample" in notice and "openwebtext" in notice
+    assert f"{len(train):,}" in result.stdout and f"{len(val):,}" in result.stdout
+    assert f"{len(vocab) // 2} characters" in result.stdout
+
+
+def test_without_flags_an_openwebtext_folder_is_used(run_script, tmp_path):
+    put(tmp_path, {"openwebtext/a.txt": b"first ", "openwebtext/b.txt": b"second"})
+    result = run_script(SCRIPT)
+    assert (result.returncode, notices(result.stderr)) == (0, [])
+    assert read_three(tmp_path) == three_files(["first ", "second"])
+
+
+def test_summary_counts_documents_characters_megabytes_vocabulary_and_replacements(run_script, tmp_path):
+    put(tmp_path / "in", {"a.xz": xz(tar({"1.txt": "é".encode() * 6000, "2.txt": b"b\xff"})), "b.txt": "ж".encode()})
+    result = run_script(SCRIPT, "-data_dir", "in", "-output_dir", "new/out")
+    assert result.returncode == 0, result.stderr
+    assert [train_or_val.split() for train_or_val in result.stdout.splitlines()[1:3]] == [
+        ["training", "2", "6,006", "0.01"],
+        ["validation", "1", "1", "0.00"],
+    ]
+    assert re.search(r"vocabulary: 5 characters; .*: 1\n", result.stdout)
+    assert re.search(r"wrote .*output_train.txt.* in \d+\.\d s\n", result.stdout)
+    assert "MB of text" in result.stderr
+
+
+def test_help_names_every_flag(run_script):
+    result = run_script(SCRIPT, "-h")
+    assert result.returncode == 0
+    assert {"-data_dir", "-output_dir", "-skip_corrupt", "-sample_rate", "-seed"} <= set(
+        re.findall(r"-\w+", result.stdout)
+    )
+    assert "1337" in result.stdout and "openwebtext" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("files", "args", "says"),
+    [
+        ({}, ["-data_dir", "missing"], "missing: no such folder"),
+        ({}, ["-data_dir", "openwebtext"], "openwebtext: no such folder"),
+        ({"in": b"text"}, ["-data_dir", "in"], "in: no such folder"),
+        ({"in/README.md": b"text"}, ["-data_dir", "in"], "in: holds no .tar, .xz or .txt file"),
+        ({"in/.a.txt": b"text", "in/.b/c.txt": b"text"}, ["-data_dir", "in"], "in: holds no .tar, .xz or .txt file"),
+        ({"in/a.txt": b""}, ["-data_dir", "in"], "too little text"),
+        ({"in/a.txt": b"a"}, ["-data_dir", "in"], "too little text"),
+        ({"in/a.txt": b"a", "in/b.xz": xz(tar({"empty": b"\n"}))}, ["-data_dir", "in"], "too little text"),
+        ({"in/a.txt": b"text", "file": b""}, ["-data_dir", "in", "-output_dir", "file"], "file: "),
+        ({"in/a.txt": b"text", "file": b""}, ["-data_dir", "in", "-output_dir", "file/out"], "file"),
+    ],
+)
+def test_unusable_folders_are_a_clear_line(run_script, earlier, tmp_path, files, args, says):
+    put(tmp_path, files)
+    assert says in complaint(run_script(SCRIPT, "-output_dir", "out", *args))
+
+
+def test_an_empty_folder_is_a_clear_line(run_script, earlier, tmp_path):
+    (tmp_path / "in").mkdir()
+    assert "in: holds no" in complaint(run_script(SCRIPT, "-data_dir", "in", "-output_dir", "out"))
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        *(["-sample_rate", value] for value in ("0", "-1", "1.01", "nan", "inf", "half", "")),
+        ["-seed", "1.5"],
+        ["-data_dir"],
+        ["-nonsense"],
+        ["openwebtext"],
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_status_2(args, capsys):
+    with pytest.raises(SystemExit) as exit:
+        data_extract.parse_args(args)
+    assert exit.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_wrong_usage_on_the_command_line(run_script, earlier):
+    result = run_script(SCRIPT, "-sample_rate", "2", "-output_dir", "out")
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert "sample_rate" in line and "2" in line
+
+
+@pytest.mark.parametrize(
+    "args", [["-data_dir", "in"], ["-output_dir", "out"], ["-skip_corrupt"], ["-sample_rate", "0.5"], ["-seed", "-7"]]
+)
+def test_flags_can_be_spelt_with_two_dashes(args):
+    parsed = data_extract.parse_args(["-" + args[0], *args[1:]])
+    assert parsed == data_extract.parse_args(args) != data_extract.parse_args([])
+
+
+# Nesting, order and split --------------------------------------------------------------------------------------------
+
+
+def as_files(corpus: dict[str, list[bytes]], name: str = "openwebtext/{}.xz") -> dict[str, bytes]:
+    return {
+        name.format(shard): xz(tar({f"{i:07d}.txt": content for i, content in enumerate(contents)}))
+        for shard, contents in corpus.items()
+    }
+
+
+def as_outer_tars(corpus: dict[str, list[bytes]]) -> dict[str, bytes]:
+    files = as_files(corpus)
+    return {
+        f"subset{i:02d}.tar": tar({name: content for name, content in files.items() if f"subset{i:02d}" in name})
+        for i in range(2)
+    }
+
+
+def spread(files: dict[str, bytes]) -> dict[str, bytes]:
+    return {
+        f"{'zyx'[i % 3]}/{'deep/' * (i % 4)}{Path(name).name}": data for i, (name, data) in enumerate(files.items())
+    }
+
+
+NESTINGS = {
+    "xz files": as_files,
+    "xz files at depth": lambda corpus: spread(as_files(corpus)),
+    "outer tars": as_outer_tars,
+    "outer tars at depth": lambda corpus: {f"down/here/{name}": data for name, data in as_outer_tars(corpus).items()},
+    "tar.xz files": lambda corpus: as_files(corpus, "{}.tar.xz"),
+    "tars and files": lambda corpus: {
+        **as_files({name: texts for name, texts in corpus.items() if "subset00" in name}),
+        **{name: data for name, data in as_outer_tars(corpus).items() if "subset01" in name},
+    },
+    "plain text": lambda corpus: {f"{name}.txt": documents(texts).encode() for name, texts in corpus.items()},
+    "packed text": lambda corpus: {f"{name}.xz": xz(documents(texts).encode()) for name, texts in corpus.items()},
+}
+
+
+@pytest.mark.parametrize("nesting", NESTINGS)
+def test_every_nesting_of_a_corpus_gives_the_same_three_files(run_script, tmp_path, nesting):
+    corpus = shards(11)
+    put(tmp_path / ".cache/in", NESTINGS[nesting](corpus))  # a folder that is named may be hidden
+    result = run_script(SCRIPT, "-data_dir", ".cache/in", "-output_dir", "out")
+    assert result.returncode == 0, result.stderr
+    assert read_three(tmp_path / "out") == three_files([documents(corpus[name]) for name in sorted(corpus)])
+
+
+def test_a_second_run_that_reads_the_folder_it_writes_to_gives_the_same_files(run_script, tmp_path):
+    put(tmp_path, {"a.txt": b"first ", "b.txt": b"second"})
+    for _ in range(2):
+        assert run_script(SCRIPT, "-data_dir", ".").returncode == 0
+        assert read_three(tmp_path) == three_files(["first ", "second"])
+
+
+@pytest.mark.parametrize(("count", "training"), [(2, 1), (3, 2), (10, 9), (19, 17)])
+def test_nine_tenths_of_the_archives_are_training_text(tmp_path, count, training):
+    put(tmp_path / "in", {f"{i:02d}.txt": b"%02d" % i for i in range(count)})
+    (tmp_path / "out").mkdir()
+    train, val, _ = data_extract.extract(find_archives(tmp_path / "in", set()), tmp_path / "out", workers=1)
+    assert (train.documents, val.documents) == (training, count - training)
+    assert read_three(tmp_path / "out") == three_files([f"{i:02d}" for i in range(count)])
+
+
+@pytest.mark.parametrize(
+    ("files", "order"),
+    [
+        (["b/1.txt", "a/2.txt", "3.txt"], ["1", "2", "3"]),
+        (["b/1.txt", "a/1.txt", "1.txt"], ["1.txt", "a/1.txt", "b/1.txt"]),
+        (["z/1.xz", "a.tar/x/2.xz", "b.tar/y/0.xz"], ["0", "1", "2"]),
+        (["b.tar/1.xz", "a.tar/1.xz", "0/1.xz"], ["0/", "a.tar/", "b.tar/"]),
+        (["10.txt", "9.txt", "B.txt", "a.txt"], ["10", "9", "B", "a"]),
+    ],
+)
+def test_archives_are_sorted_by_their_own_file_name_then_by_path(tmp_path, files, order):
+    outer = {name.partition("/")[0]: {} for name in files if ".tar/" in name}
+    for name in files:
+        folder, _, rest = name.partition("/")
+        content = name.encode() + b" "
+        if folder in outer:
+            outer[folder][rest] = xz(content)
+        else:
+            put(tmp_path, {name: xz(content) if name.endswith(".xz") else content})
+    put(tmp_path, {name: tar(members) for name, members in outer.items()})
+    names = read_all(tmp_path)[0].split()
+    assert len(names) == len(order)
+    assert all(part in name for part, name in zip(order, names)), names
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".xz", ".tar"])
+@pytest.mark.parametrize("length", [2, 9, 10, 999, 100_003])
+@pytest.mark.parametrize("small_chunks", [1024], indirect=True)
+def test_a_single_archive_is_cut_at_nine_tenths_of_its_characters(small_chunks, tmp_path, monkeypatch, suffix, length):
+    monkeypatch.setattr(data_extract, "extract_all", extract_here)
+    text = "a" + "".join(random.Random(length).choices(FOREIGN + "\nab", k=length - 2)) + "."
+    data = text.encode()
+    put(tmp_path / "in", {f"a{suffix}": {".txt": data, ".xz": xz(data), ".tar": tar({"a.txt": data})}[suffix]})
+    (tmp_path / "out").mkdir()
+    data_extract.extract(find_archives(tmp_path / "in", set()), tmp_path / "out")
+    assert read_three(tmp_path / "out") == three_files([documents([data]) if suffix == ".tar" else plain(data)])
+
+
+def extract_here(archives, first_val, outputs, workers):
+    """In the place of the worker processes, which would not see a changed CHUNK."""
+    for archive in archives:
+        found = Extracted()
+        outputs[0].write_bytes(b"".join(read_clean(archive, found)))
+        yield found
+
+
+@pytest.mark.skipif(not TINYSHAKESPEARE.is_dir(), reason="the corpora are not beside this folder")
+@pytest.mark.parametrize("as_one_text", [False, True])
+def test_tinyshakespeare_comes_out_as_published(run_script, tmp_path, as_one_text):
+    texts = [lzma.decompress(path.read_bytes()) for path in sorted(TINYSHAKESPEARE.iterdir())]
+    put(tmp_path / "in", {"input.txt": b"".join(texts)})
+    folder = tmp_path / "in" if as_one_text else TINYSHAKESPEARE
+    assert run_script(SCRIPT, "-data_dir", folder).returncode == 0
+    train, val, vocab = read_three(tmp_path)
+    assert (train, val) == (b"".join(texts[:9]), texts[9])
+    assert (len(train.decode()), len(val.decode()), len(set(vocab.decode()))) == (1_003_854, 111_540, 65)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_the_number_of_workers_does_not_change_the_result(tmp_path, workers):
+    corpus = shards(7)
+    corpus["urlsf_subset00-2_data"] *= 5000  # the later ones are ready before it
+    put(tmp_path / "in", as_outer_tars({name: [b"\n".join(texts)] for name, texts in corpus.items()}))
+    (tmp_path / "out").mkdir()
+    data_extract.extract(find_archives(tmp_path / "in", set()), tmp_path / "out", workers=workers)
+    expected = three_files([documents([b"\n".join(corpus[name])]) for name in sorted(corpus)])
+    assert read_three(tmp_path / "out") == expected
+
+
+def test_leftovers_of_a_killed_run_do_not_matter(run_script, tmp_path):
+    put(tmp_path, {f"out/{name}.tmp": b"litter" * 100 for name in NAMES})
+    put(tmp_path / "in", {"a.txt": b"first ", "b.txt": b"second"})
+    assert run_script(SCRIPT, "-data_dir", "in", "-output_dir", "out").returncode == 0
+    assert read_three(tmp_path / "out") == three_files(["first ", "second"])
+    assert len(list((tmp_path / "out").iterdir())) == 3
+
+
+# What is in an archive -----------------------------------------------------------------------------------------------
+
+TEXT = f"{FOREIGN}\n".encode() * 20
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"a.txt": TEXT}, plain(TEXT)),
+        ({"a.xz": xz(TEXT)}, plain(TEXT)),
+        ({"A.TXT": b"A", "B.XZ": xz(b"B"), "C.TAR": tar({"D.XZ": xz(b"D"), "E.TXT": b"E"})}, "ABE\n\nD"),
+        ({"a.xz": xz(b"short")}, "short"),
+        ({"a.txt": b"one", "b.txt": b"", "c.xz": xz(b""), "d.txt": b"two\n\n\n"}, "onetwo\n\n\n"),
+        ({"a.xz": xz(tar({"a.txt": TEXT}))}, documents([TEXT])),
+        ({"a.tar.xz": xz(tar({"a.txt": TEXT}))}, documents([TEXT])),
+        ({"a.tar.xz": xz(TEXT)}, plain(TEXT)),
+        ({"a.txt": tar({"a.txt": TEXT})}, documents([TEXT])),
+        ({"a.tar": tar({"a.txt": TEXT, "b": b"two"})}, documents([TEXT, b"two"])),
+        ({"a.tar": tar({"a/b.xz": xz(TEXT), "c.xz": xz(tar({"d": b"x"}))})}, plain(TEXT) + "x\n\n"),
+        ({"a.tar": tar({"b.xz": xz(b"packed"), "c.txt": b"text"})}, "text\n\npacked"),
+        ({"a.tar": tar({}), "b.txt": b"b"}, "b"),
+        ({"a.xz": xz(TEXT) + xz(b"") + xz(b"more") + xz(tar({})[:512])}, plain(TEXT) + "more" + "\0" * 512),
+        ({"a.xz": xz(TEXT) + bytes(4) + xz(b"more") + bytes(1 << 17)}, plain(TEXT) + "more"),
+        ({"a.xz": xz(tar({"a": TEXT})[:700]) + bytes(8) + xz(tar({"a": TEXT})[700:])}, documents([TEXT])),
+        ({"a.xz": xz(tar({"a": b"a"}) + bytes(1 << 20))}, "a\n\n"),
+    ],
+)  # fmt: skip
+def test_archives_are_read_by_what_they_hold(tmp_path, files, expected):
+    assert read_all(put(tmp_path, files))[0] == expected
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {".a.txt": b"no", "._b.xz": b"no", ".c.tar": b"no", ".d/e.txt": b"no", "f/.g/h/i.xz": b"no"},
+        {"README.md": b"no", "vocab.json": b"no", "xz": b"no", "a.txt.bak": b"no", "b.tmp": b"no"},
+        {"b.tar": tar({"._b.xz": b"no", "x/._c.txt": b"no", ".d/e.xz": b"no", "./.f": b"no"})},
+        {"b.xz": xz(tar({"._a.txt": b"no", ".x/a.txt": b"no", "x/.y/a.txt": b"no", ".a.xz": b"no", ".b.tar": b"no"}))},
+        {"b.xz": xz(tar({".x/" + "long/" * 30 + "a.txt": b"no"}, tarfile.GNU_FORMAT))},
+        {"b.xz": xz(tar({".x/" + "long/" * 30 + "a.txt": b"no"}, tarfile.PAX_FORMAT))},
+        {"b.xz": xz(tar({".x/" + "long/" * 20 + "a.txt": b"no"}, tarfile.USTAR_FORMAT))},
+    ],
+)
+def test_dotfiles_and_other_files_are_skipped(tmp_path, files):
+    text, found = read_all(put(tmp_path, {**files, "a.txt": b"yes"}))
+    assert text == "yes"
+    assert found.replaced == 0
+
+
+@pytest.mark.parametrize("pack", [lambda data: {"a.tar": data}, lambda data: {"a.xz": xz(data)}], ids=["tar", "xz"])
+@pytest.mark.parametrize(
+    "others",
+    [
+        [(member("link", tarfile.SYMTYPE, linkname="/etc/passwd"), b"")],
+        [(member("link", tarfile.LNKTYPE, linkname="../../etc/passwd"), b"")],
+        [(member("link", tarfile.SYMTYPE, linkname="long/" * 50), b"")],
+        [(member("disk", tarfile.BLKTYPE), b""), (member("tty", tarfile.CHRTYPE), b"")],
+        [(member("pipe.xz", tarfile.FIFOTYPE), b""), (member("folder.xz", tarfile.DIRTYPE), b"")],
+        [(member("folder", tarfile.DIRTYPE, size=5000), b"")],
+        [(member("link", tarfile.SYMTYPE, size=5000, linkname="x"), b"")],
+        [(member("disk", tarfile.BLKTYPE, size=5000), b"")],
+        [(member("unknown", b"Z", size=700), b"z" * 700)],
+        [(member("comment", tarfile.XGLTYPE, size=700), b"z" * 700)],
+    ],
+)
+def test_links_devices_and_unknown_members_of_a_tar_are_skipped(tmp_path, pack, others):
+    data = tar([("a", b"first"), *others, ("b", b"second")])
+    assert read_all(put(tmp_path, pack(data)))[0] == "first\n\nsecond\n\n"
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".xz"])
+def test_absolute_and_upward_names_are_read_in_place_and_write_nowhere(run_script, tmp_path, suffix):
+    content = xz(b"text") if suffix == ".xz" else b"text"
+    names = [f"{tmp_path}/escaped{suffix}", f"../../escaped{suffix}", f"/../escaped{suffix}", f"a/../../b{suffix}"]
+    put(tmp_path / "in", {"a.tar": tar([(name, content) for name in names])})
+    assert run_script(SCRIPT, "-data_dir", "in", "-output_dir", "out").returncode == 0
+    assert b"".join(read_three(tmp_path / "out")[:2]).count(b"text") == 4
+    assert not list(tmp_path.rglob("*escaped*")) and sorted(os.listdir(tmp_path)) == ["in", "out"]
+
+
+AB = {"a": b"a", "b": b"b"}
+MEMBERS = {"a.txt": TEXT, "long/" * 18 + "b.txt": b"b" * 512, "c.txt": b"", "d.txt": b"d" * 513, "e.txt": b"e" * 1024}
+
+
+@pytest.mark.parametrize("pack", [lambda data: {"a.tar": data}, lambda data: {"a.xz": xz(data)}], ids=["tar", "xz"])
+@pytest.mark.parametrize(
+    ("data", "names"),
+    [
+        (v7(MEMBERS), MEMBERS),
+        (tar(MEMBERS, tarfile.USTAR_FORMAT), MEMBERS),
+        (tar(MEMBERS, tarfile.GNU_FORMAT), MEMBERS),
+        (tar(MEMBERS, tarfile.PAX_FORMAT), MEMBERS),
+        (tar({"long/" * 100 + "a": TEXT, "b": b"b"}, tarfile.GNU_FORMAT), {"a": TEXT, "b": b"b"}),
+        (tar({"long/" * 100 + "a": TEXT, "Привет": b"b"}, tarfile.PAX_FORMAT), {"a": TEXT, "b": b"b"}),
+        (pax(b"12 size=700\n", (member("a"), b""))[:1536] + b"a" * 700 + bytes(324 + 1024), {"a": b"a" * 700}),
+        (tar([(member("a", tarfile.CONTTYPE, 1), b"a"), (member("b", tarfile.AREGTYPE, 1), b"b")]), AB),
+        (tar([("a\udcff.txt", b"a")]), {"a": b"a"}),
+    ],
+    ids=["v7", "ustar", "gnu", "pax", "gnu long names", "pax long names", "pax size", "old kinds", "foreign name"],
+)  # fmt: skip
+def test_every_kind_of_tar_gives_its_documents(tmp_path, pack, data, names):
+    assert read_all(put(tmp_path, pack(data)))[0] == documents(list(names.values()))
+
+
+# The text ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "text", "document", "replaced"),
+    [
+        (b"a\r\nb\rc\nd", "a\nb\nc\nd", "a\nb\nc\nd\n\n", 0),
+        (b"a\r\r\n\n\rb", "a\n\n\n\nb", "a\n\n\n\nb\n\n", 0),
+        (b"a\n\r\n\r\r\n", "a\n\n\n\n", "a\n\n", 0),
+        (b"\n\n a \n\n", "\n\n a \n\n", "\n\n a \n\n", 0),
+        (BOM + b"a", "a", "a\n\n", 0),
+        (BOM + BOM + b"a" + BOM, "\ufeffa\ufeff", "\ufeffa\ufeff\n\n", 0),
+        (BOM, "", "", 0),
+        (b"", "", "", 0),
+        (b"\r\n\r\n", "\n\n", "", 0),
+        (b" ", " ", " \n\n", 0),
+        (b"\0a\x0b\x1c\x85", "\0a\x0b\x1c\ufffd", "\0a\x0b\x1c\ufffd\n\n", 1),
+        ("\u2028\x85".encode(), "\u2028\x85", "\u2028\x85\n\n", 0),
+        (b"\xff\xfea", "\ufffd\ufffda", "\ufffd\ufffda\n\n", 2),
+        ("é\ufffd".encode() + b"\xe2\x82", "é\ufffd\ufffd", "é\ufffd\ufffd\n\n", 1),
+        (b"\xe2\x82\n\xf0\x9f\x99", "\ufffd\n\ufffd", "\ufffd\n\ufffd\n\n", 2),
+        (b"\xed\xa0\x80\xc0\x80", "\ufffd" * 5, "\ufffd" * 5 + "\n\n", 5),
+    ],
+)
+def test_text_comes_out_as_valid_utf_8_with_plain_line_ends(tmp_path, data, text, document, replaced):
+    for files, expected in (
+        ({"a.txt": data}, text),
+        ({"a.xz": xz(data)}, text),
+        ({"a.tar": tar({"a": data})}, document),
+        ({"a.xz": xz(tar({"a": data, "b": b"next"}))}, document + "next\n\n"),
+    ):
+        name = next(iter(files))
+        (tmp_path / name).unlink(missing_ok=True)
+        found = Extracted()
+        (archive,) = (a for a in find_archives(put(tmp_path, files), set()) if a.name == name)
+        assert b"".join(read_clean(archive, found)).decode() == expected
+        assert (found.replaced, found.characters, found.size) == (replaced, len(expected), len(expected.encode()))
+        assert found.characters_seen == set(expected)
+
+
+LONG = {
+    "lines": f"{FOREIGN}\n".encode() * 100,
+    "dos lines": f"{FOREIGN}\r\n".encode() * 100,
+    "mac lines": f"{FOREIGN}\r".encode() * 100,
+    "mixed line ends": f"{FOREIGN}\r{FOREIGN}\r\n{FOREIGN}\n".encode() * 40,
+    "one endless line": FOREIGN.encode() * 100,
+    "one line, then none": FOREIGN.encode() + b"\n" + "🙂".encode() * 2000,
+    "emoji": "🙂".encode() * 2001,
+    "an odd byte, then emoji": b"a" + "🙂".encode() * 2001,
+    "two bytes each": "ж".encode() * 2001,
+    "three bytes each": b"ab" + "你".encode() * 2001,
+    "with a byte-order mark": BOM + FOREIGN.encode() * 100,
+    "stray continuation bytes": b"\x80" * 2001,
+    "stray lead bytes": b"\xf0" * 2001,
+    "characters cut short": b"\xf0\x9f\x99" * 2001,
+    "cut short at the end": "🙂".encode() * 2001 + b"\xf0\x9f",
+    "trailing newlines": FOREIGN.encode() * 100 + b"\r\n" * 2001,
+    "carriage returns": b"a" + b"a\r" * 2001 + b"\n",
+    "nothing but newlines": b"\n" * 2001,
+}
+
+
+@pytest.mark.parametrize("small_chunks", [7, 512, 1023, 1024], indirect=True)
+@pytest.mark.parametrize("name", LONG)
+def test_text_larger_than_a_chunk_is_never_cut_inside_a_character_or_line_end(tmp_path, small_chunks, name):
+    data = LONG[name]
+    put(tmp_path, {"a.txt": data, "b.xz": xz(data), "c.xz": xz(tar({"1": data, "2": b"x", "3": data}))})
+    expected = plain(data) * 2 + documents([data, b"x", data])
+    text, found = read_all(tmp_path)
+    assert text == expected
+    assert found.replaced == 4 * invalid_sequences(data)
+    assert found.documents == 2 + sum(bool(plain(content).strip("\n")) for content in (data, b"x", data))
+
+
+def test_text_larger_than_a_chunk_in_a_real_run(run_script, tmp_path):
+    line = FOREIGN.encode() * 60_000
+    put(tmp_path / "in", {"a.xz": xz(tar({"1": line, "2": line + b"\r\n\r\n", "3": b"x"})), "b.txt": b"y" + line})
+    assert len(line) > 1.5 * data_extract.CHUNK
+    assert run_script(SCRIPT, "-data_dir", "in").returncode == 0
+    assert read_three(tmp_path) == three_files([documents([line, line, b"x"]), plain(b"y" + line)])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_corpora_come_out_as_the_plain_implementation_says(tmp_path, monkeypatch, seed):
+    generator = random.Random(seed)
+    parts = [*FOREIGN, "word ", "\ufffd", b"\xff", b"\xe2\x82", b"\x80", b"\xf0\x9f"]
+    ends = ["\n", "\r\n", "\r", "\n\n", "", "", ""]
+
+    def content() -> bytes:
+        pairs = ((generator.choice(parts), generator.choice(ends)) for _ in range(generator.choice([0, 1, 9, 300])))
+        data = b"".join(part.encode() if isinstance(part, str) else part for pair in pairs for part in pair)
+        return generator.choice([b"", b"", BOM]) + data + generator.choice([b"", b"\n", b"\r\n\r\n"])
+
+    def pack(contents: list[bytes]) -> bytes:
+        members = {f"{i}.txt": data for i, data in enumerate(contents)}
+        format = generator.choice([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, None])
+        return v7(members) if format is None else tar(members, format)
+
+    for round in range(25):
+        monkeypatch.setattr(data_extract, "CHUNK", generator.choice([7, 64, 512, 1024, 1 << 20]))
+        contents = [content() for _ in range(generator.randrange(1, 5))]
+        data, text = generator.choice([(pack(contents), documents(contents)), (contents[0], plain(contents[0]))])
+        path = put(tmp_path / str(round), {"a.xz": xz(data), "b.txt": data})
+        used = contents if text == documents(contents) and data != contents[0] else contents[:1]
+        result, found = read_all(path)
+        assert result == text * 2
+        assert found.replaced == 2 * sum(map(invalid_sequences, used))
+        assert found.characters_seen == set(text)
+
+
+# Damage --------------------------------------------------------------------------------------------------------------
+
+NOISE = random.Random(1).randbytes(15_000).hex().encode()  # hardly compressible, so that damage falls into data
+PACKED = xz(tar({"a.txt": NOISE, "b.txt": NOISE}))
+SHORT = xz(tar({"a.txt": b"a" * 700}))
+OUTER = tar({"x/1.xz": SHORT, "x/2.xz": SHORT, "x/3.xz": SHORT})
+OUTER_MEMBER = 512 + len(SHORT) + -len(SHORT) % 512
+
+
+def flip(data: bytes, at: int) -> bytes:
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+DAMAGED = {
+    "cut short.xz": PACKED[:-1000],
+    "flipped byte.xz": flip(PACKED, len(PACKED) // 2),
+    "cut tar inside.xz": xz(tar({"a.txt": NOISE})[:-20_000]),
+    "cut header inside.xz": xz(tar({"a.txt": b"a", "b.txt": b"b"})[:1324]),
+    "text.xz": b"just text",
+    "empty.xz": b"",
+    "trailing text.xz": PACKED + b"text",
+    "xz inside.xz": xz(tar({"a.txt": b"a", "b.xz": SHORT})),
+    "tar inside.xz": xz(tar({"a.txt": b"a", "b.tar": OUTER})),
+    "tar inside.tar": tar({"a.txt": b"a", "b.tar": OUTER}),
+    "xz inside.txt": tar({"a.txt": b"a", "b.xz": SHORT}),
+    "text.tar": b"just text" * 1000,
+    "empty.tar": b"",
+    "packed.tar": PACKED,
+    "negative size.xz": xz(pax(b"12 size=-10\n", ("a.txt", b"a" * 3000))),
+    "minus one.xz": xz(pax(b"11 size=-1\n", ("a.txt", b"a" * 3000))),
+    "no number.xz": xz(pax(b"13 size=many\n", ("a.txt", b"a" * 3000))),
+    "absurd size.xz": xz(pax(b"25 size=9999999999999999\n", ("a.txt", b"a" * 3000))),
+    "absurd size.tar": pax(b"25 size=9999999999999999\n", ("a.txt", b"a" * 3000)),
+    "\x80bad name.xz": b"",
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damage_in_an_archive_is_reported(tmp_path, name):
+    (archive,) = find_archives(put(tmp_path, {name: DAMAGED[name]}), set())
+    with pytest.raises(Damaged):
+        list(read_clean(archive, Extracted()))
+
+
+@pytest.mark.parametrize("name", ["cut short.xz", "flipped byte.xz", "text.tar", "no number.xz"])
+def test_a_damaged_archive_stops_the_run_with_its_name_and_what_to_do(run_script, earlier, tmp_path, name):
+    put(tmp_path / "in", {f"down/{name}": DAMAGED[name], "a.txt": TEXT, "zz.txt": TEXT})
+    line = complaint(run_script(SCRIPT, "-data_dir", "in", "-output_dir", "out"))
+    assert f"down/{name}: " in line and "-skip_corrupt" in line
+
+
+def test_skip_corrupt_leaves_damaged_archives_out_and_lists_them(run_script, tmp_path):
+    put(tmp_path / "in", {f"down/{name}": content for name, content in DAMAGED.items()})
+    put(tmp_path / "in", {"a.tar": tar({"0.xz": SHORT, "1.xz": SHORT[:-4]}), "b.txt": b"b", "zz.txt": b"last"})
+    result = run_script(SCRIPT, "-data_dir", "in", "-output_dir", "out", "-skip_corrupt")
+    assert (result.returncode, notices(result.stderr)) == (0, [])
+    listed = sorted(re.findall(r"^left out: (.+?): ", result.stdout, re.MULTILINE))
+    assert listed == sorted(["a.tar/1.xz", *(f"down/{name}" for name in DAMAGED)])
+    train, val, vocab = read_three(tmp_path / "out")
+    assert train + val == b"a" * 700 + b"\n\nblast"
+    assert vocab.decode() == "".join(f"{character}\n" for character in sorted(set((train + val).decode())))
+
+
+def test_skip_corrupt_takes_back_what_a_large_damaged_archive_had_already_written(run_script, tmp_path):
+    text = b"0123456789abcde\n" * (1 << 16)
+    large = xz(text) * 60  # far more than a worker holds back
+    assert 60 * len(text) > data_extract.BUFFER + 2 * data_extract.CHUNK
+    put(tmp_path / "in", {"1.txt": b"1", "2.xz": large[:-9], "3.txt": b"3", "4.xz": large[:-9]})
+    result = run_script(SCRIPT, "-data_dir", "in", "-output_dir", "out", "-skip_corrupt", "-sample_rate", "1")
+    assert "too little text" in complaint(result), "the last archive was all of the validation text"
+    put(tmp_path / "in", {"5.txt": b"5"})
+    result = run_script(SCRIPT, "-data_dir", "in", "-output_dir", "out", "-skip_corrupt")
+    assert result.returncode == 0, result.stderr
+    assert read_three(tmp_path / "out") == [b"13", b"5", b"1\n3\n5\n"]
+
+
+@pytest.mark.parametrize("content", [tar({"a": b"a" * 700, "b": b"b"}), b"text"], ids=["tar", "text"])
+def test_no_byte_of_an_xz_file_can_be_lost_or_changed_unnoticed(tmp_path, content):
+    packed = lzma.compress(content)
+    damaged = [packed[:end] for end in range(len(packed))] + [flip(packed, at) for at in range(len(packed))]
+    for data in damaged:
+        (archive,) = find_archives(put(tmp_path, {"a.xz": data}), set())
+        with pytest.raises(Damaged):
+            list(read_clean(archive, Extracted()))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        *(OUTER[:end] for end in (100, 512, 600, OUTER_MEMBER + 100, 2 * OUTER_MEMBER - 1, 2 * OUTER_MEMBER + 512)),
+        OUTER[: 2 * OUTER_MEMBER],
+        *(flip(OUTER, OUTER_MEMBER + at) for at in (0, 130, 150, 258)),
+        *(flip(OUTER, 2 * OUTER_MEMBER + at) for at in (0, 130, 150, 258)),
+        OUTER[:OUTER_MEMBER] + b"not a header" * 100 + OUTER[OUTER_MEMBER:],
+    ],
+    ids=[
+        "cut in the first header",
+        "cut after the first header",
+        "cut in the first member",
+        "cut in the second header",
+        "cut in the second member",
+        "cut after the third header",
+        "cut between members",
+        *(f"flipped {field} of the second member" for field in ("name", "size", "sum", "magic")),
+        *(f"flipped {field} of the third member" for field in ("name", "size", "sum", "magic")),
+        "garbage between members",
+    ],
+)
+def test_damage_to_an_outer_tar_is_reported(tmp_path, data):
+    put(tmp_path, {"outer.tar": data})
+    with pytest.raises(Damaged):
+        read_all(tmp_path)
+
+
+def test_a_damaged_outer_tar_stops_the_run_with_its_name(run_script, earlier, tmp_path):
+    put(tmp_path / "in", {"outer.tar": OUTER[: 2 * OUTER_MEMBER - 600], "a.txt": TEXT})
+    assert "outer.tar" in complaint(run_script(SCRIPT, "-data_dir", "in", "-output_dir", "out"))
+
+
+def test_sizes_that_lead_backwards_in_a_tar_do_not_hang(run_script, earlier, tmp_path):
+    put(tmp_path / "in", {"loop.tar": pax(b"14 size=-1024\n", ("a.xz", SHORT)), "a.txt": TEXT})
+    line = complaint(run_script(SCRIPT, "-data_dir", "in", "-output_dir", "out", timeout=8))
+    assert "loop.tar" in line
+
+
+def test_random_damage_gives_text_or_an_error_that_names_it(tmp_path):
+    generator = random.Random(0)
+    sound = tar({"a.txt": TEXT, "long/" * 30 + "b": b"b" * 700, "c.txt": b"c"}, tarfile.PAX_FORMAT)
+    for _ in range(300):
+        data = bytearray(sound)
+        for _ in range(generator.randrange(1, 6)):
+            data[generator.randrange(len(sound))] = generator.randrange(256)
+        damaged = bytes(data[: generator.choice([len(sound), generator.randrange(len(sound))])])
+        try:
+            text, _ = read_all(put(tmp_path, {"a.tar": damaged, "b.xz": xz(damaged)}))
+        except Damaged:
+            continue
+        assert len(text) < 2 * len(sound)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_folder_in_the_place_of_an_output_is_a_clear_line(run_script, tmp_path, name):
+    put(tmp_path / "in", {"a.txt": b"first ", "b.txt": b"second"})
+    others = {other: b"earlier" for other in NAMES if other != name}
+    out = put(tmp_path / "out", {**others, f"{name}/file": b"file"})
+    assert name in complaint(run_script(SCRIPT, "-data_dir", "in", "-output_dir", "out"))
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == others
+
+
+@posix
+def test_a_link_that_leads_nowhere_is_a_clear_line(run_script, earlier, tmp_path):
+    put(tmp_path / "in", {"a.txt": TEXT})
+    (tmp_path / "in/b.xz").symlink_to(tmp_path / "nowhere")
+    assert "b.xz: " in complaint(run_script(SCRIPT, "-data_dir", "in", "-output_dir", "out"))
+
+
+@posix
+def test_a_pipe_among_the_archives_does_not_hang(run_script, tmp_path):
+    put(tmp_path / "in", {"a.txt": b"first ", "b.txt": b"second"})
+    os.mkfifo(tmp_path / "in/pipe.txt")
+    assert run_script(SCRIPT, "-data_dir", "in", timeout=8).returncode in (0, 1)
+
+
+@posix
+def test_names_that_are_not_utf_8_are_printed_somehow(run_script, tmp_path):
+    try:
+        put(tmp_path / "in", {os.fsdecode(b"b\xff.xz"): b"no xz", "a.txt": b"first", "c.txt": b"second"})
+    except OSError:
+        pytest.skip("this file system takes only UTF-8 names")
+    assert "-skip_corrupt" in complaint(run_script(SCRIPT, "-data_dir", "in"))
+    result = run_script(SCRIPT, "-data_dir", "in", "-skip_corrupt", errors="surrogateescape")
+    assert (result.returncode, notices(result.stderr)) == (0, [])
+    assert re.search(r"^left out: b.*\.xz: ", result.stdout, re.MULTILINE)
+
+
+@posix
+@pytest.mark.skipif(getattr(os, "geteuid", lambda: 0)() == 0, reason="root can read everything")
+@pytest.mark.parametrize("name", ["a.txt", "b.xz", "c.tar", "folder"])
+def test_an_unreadable_file_is_a_clear_line(run_script, earlier, tmp_path, name):
+    put(tmp_path / "in", {"a.txt": TEXT, "b.xz": SHORT, "c.tar": OUTER, "folder/d.txt": TEXT})
+    (tmp_path / "in" / name).chmod(0)
+    try:
+        assert f"{name}: " in complaint(run_script(SCRIPT, "-data_dir", "in", "-output_dir", "out"))
+    finally:
+        (tmp_path / "in" / name).chmod(0o700)
+
+
+CHARACTERS = "".join(map(chr, range(0x4E00, 0x4E00 + 5000)))
+
+
+@posix
+@pytest.mark.parametrize(
+    ("files", "limit", "full"),
+    [
+        ({"a.txt": b"a" * 50_000, "b.xz": xz(b"b" * 500_000)}, 20_000, "output_train.txt"),
+        ({"a.txt": b"a", "b.xz": xz(b"b" * 500_000), "c.txt": b"c"}, 20_000, "output_train.txt"),
+        ({"a.txt": b"a", "b.xz": xz(b"b" * 500_000)}, 20_000, "output_val.txt"),
+        ({"a.txt": CHARACTERS.encode()}, 17_000, "vocab.txt"),
+    ],
+    ids=["first archive", "second archive", "validation", "vocabulary"],
+)
+def test_a_full_disk_is_a_clear_line(run_script, earlier, tmp_path, limit_file_size, files, limit, full):
+    put(tmp_path / "in", files)
+    args = ["-data_dir", "in", "-output_dir", "out"]
+    line = complaint(run_script(SCRIPT, *args, preexec_fn=lambda: limit_file_size(limit)))
+    assert f"{full}.tmp: {os.strerror(errno.EFBIG)}" in line
+
+
+@posix
+def test_a_disk_too_full_for_the_built_in_sample_is_a_clear_line(run_script, earlier, limit_file_size):
+    result = run_script(SCRIPT, "-output_dir", "out", preexec_fn=lambda: limit_file_size(20_000))
+    notice, line = notices(result.stderr)
+    assert result.returncode == 1 and "sample" in notice
+    assert os.strerror(errno.EFBIG) in line and "None" not in line
+
+
+# Interruption --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def slow_corpus(tmp_path):
+    """Archives that take many seconds to read and give little text: hidden members of 8 GB."""
+    hidden = member(".hidden", size=0o77777777777).tobuf(tarfile.GNU_FORMAT)
+    data = xz(tar({"a.txt": b"text"})[:1024] + hidden) + xz(bytes(1 << 24)) * 480
+    return put(tmp_path / "in", {f"{i}.xz": data for i in range(3)})
+
+
+def wait_for(condition, seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+def processes_of(group: int) -> dict[int, str]:
+    """The living processes of a process group, with their command lines."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            state, _, number = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
+            if int(number) == group and state != "Z":
+                found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
+        except OSError:
+            pass  # it has ended just now
+    return found
+
+
+def workers_of(process: subprocess.Popen) -> list[int]:
+    return [pid for pid, command in processes_of(process.pid).items() if "spawn_main" in command]
+
+
+@linux
+@pytest.mark.parametrize(
+    ("number", "seconds"),
+    [(signal.SIGINT, seconds) for seconds in (0, 0.06, 0.12, 0.18, 0.8)] + [(signal.SIGTERM, 0.1), (signal.SIGTERM, 0.8)],
+)  # fmt: skip
+def test_an_interrupted_run_changes_nothing_and_says_so(start_script, earlier, slow_corpus, number, seconds):
+    process = start_script(SCRIPT, "-data_dir", slow_corpus, "-output_dir", earlier)
+    wait_for(lambda: workers_of(process))
+    time.sleep(seconds)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as the terminal does it
+    else:
+        process.send_signal(number)
+    _, stderr = process.communicate(timeout=10)
+    assert process.returncode == 128 + number
+    assert all(line.startswith("data_extract.py: ") for line in notices(stderr)), stderr
+    assert len(notices(stderr)) <= 1 and (number == signal.SIGTERM or "interrupted" in stderr)
+    wait_for(lambda: not processes_of(process.pid))
+
+
+# Samples of the corpus -----------------------------------------------------------------------------------------------
+
+
+def test_a_sample_is_the_same_for_every_nesting(run_script, tmp_path):
+    corpus = shards(40)
+    for nesting, pack in (("files", as_files), ("tars", as_outer_tars)):
+        args = ["-data_dir", put(tmp_path / nesting, pack(corpus)), "-output_dir", "out", "-sample_rate", "0.25"]
+        assert run_script(SCRIPT, *args, "-seed", "7").returncode == 0
+        files = read_three(tmp_path / "out")
+        taken = [name for name in sorted(corpus) if documents(corpus[name]).encode() in b"".join(files[:2])]
+        assert len(taken) == 10
+        assert files == three_files([documents(corpus[name]) for name in taken])
+        assert taken == [Path(archive.name).stem for archive in take_sample(find_archives(args[1], set()), 0.25, 7)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 100, 20_610])
+def test_a_higher_rate_contains_what_a_lower_one_takes(count):
+    archives = [data_extract.Archive(f"{i:05d}.xz", Path(f"{i:05d}.xz"), 0, 1) for i in range(count)]
+    previous = set()
+    for rate in (1e-9, 0.001, 0.01, 0.1, 0.5, 0.99, 1):
+        sample = take_sample(archives, rate, seed=1337)
+        assert sample == sorted(sample) and previous <= set(sample)
+        assert abs(len(sample) - rate * count) <= 1
+        previous = set(sample)
+    assert sample == archives
+    assert count < 100 or take_sample(archives, 0.1, seed=1) != take_sample(archives, 0.1, seed=2)
+
+
+# Long campaigns: pytest -m soak --------------------------------------------------------------------------------------
+
+MEASURE = """
+import resource, subprocess, sys, time
+started = time.perf_counter()
+status = subprocess.run(sys.argv[1:]).returncode
+peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+print(f"largest process: {peak:.0f} MB, wall time: {time.perf_counter() - started:.1f} s")
+sys.exit(status)
+"""
+LINE = f"{FOREIGN} {'The quick brown fox jumps over the lazy dog. ' * 20}".encode()
+
+
+def run_measured(*args) -> tuple[float, str]:
+    """The megabytes of the largest process of a run, all of its workers included, and its standard output."""
+    command = [sys.executable, "-c", MEASURE, sys.executable, data_extract.__file__, *map(str, args)]
+    result = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+    assert result.returncode == 0, result.stderr
+    print(result.stdout)
+    return float(re.search(r"largest process: (\d+) MB", result.stdout)[1]), result.stdout
+
+
+def repeated(block: bytes, size: int) -> bytes:
+    """An .xz file, quickly made, of `block` repeated to at least `size` bytes."""
+    block *= (32 << 20) // len(block)
+    return lzma.compress(block, preset=0) * -(-size // len(block))
+
+
+def one_document(size: int) -> bytes:
+    header = member("a.txt", size=size).tobuf(tarfile.GNU_FORMAT)
+    return xz(header) + repeated(LINE[:512], size) + xz(bytes(1024))
+
+
+@pytest.mark.soak
+@posix
+@pytest.mark.parametrize(
+    ("name", "data", "size"),
+    [
+        ("lines.xz", lambda: repeated(LINE + b"\n", 4 << 30), 4 << 30),
+        ("one document of one line.xz", lambda: one_document(4 << 30), 4 << 30),
+        ("endless short documents.xz", lambda: repeated(tar({"a": b"a"})[:1024], 1 << 30), 3 << 20),
+        ("endless short documents.tar", lambda: tar({"a": b"a"})[:1024] * 600_000 + bytes(1024), 1_800_000),
+        ("endless newlines.xz", lambda: xz(b"ab") + repeated(b"\n", 1 << 30), 1 << 30),
+    ],
+)
+def test_memory_stays_bounded_whatever_is_in_an_archive(tmp_path, name, data, size):
+    put(tmp_path / "in", {name: data()})
+    peak, _ = run_measured("-data_dir", tmp_path / "in", "-output_dir", tmp_path / "out")
+    assert sum((tmp_path / "out" / output).stat().st_size for output in NAMES[:2]) >= size
+    assert peak < 300
+    for output in NAMES:
+        (tmp_path / "out" / output).unlink()
+
+
+@pytest.mark.soak
+@posix
+def test_as_many_archives_as_openwebtext_has(tmp_path):
+    corpus = shards(20_610)
+    put(tmp_path / "files", as_files(corpus))
+    put(tmp_path / "tars", as_outer_tars(corpus))
+    expected = three_files([documents(corpus[name]) for name in sorted(corpus)])
+    for folder in ("files", "tars"):
+        peak, _ = run_measured("-data_dir", tmp_path / folder, "-output_dir", tmp_path / "out")
+        assert peak < 300
+        assert read_three(tmp_path / "out") == expected
+
+
+@pytest.mark.soak
+@linux
+@pytest.mark.parametrize("round", range(5))
+@pytest.mark.parametrize("victim", ["worker", "parent"])
+def test_a_killed_process_leaves_earlier_outputs_whole_and_no_process_behind(
+    start_script, tmp_path, slow_corpus, victim, round
+):
+    out = put(tmp_path / "out", dict.fromkeys(NAMES, b"earlier"))
+    process = start_script(SCRIPT, "-data_dir", slow_corpus, "-output_dir", out)
+    wait_for(lambda: workers_of(process))
+    time.sleep(random.Random(round).random() * 2)
+    os.kill(process.pid if victim == "parent" else random.Random(round).choice(workers_of(process)), signal.SIGKILL)
+    _, stderr = process.communicate(timeout=20)
+    assert read_three(out) == [b"earlier"] * 3
+    wait_for(lambda: not processes_of(process.pid), seconds=5)
+    if victim == "worker":
+        assert process.returncode == 1
+        (line,) = notices(stderr)
+        assert "killed" in line
+        assert len(list(out.iterdir())) == 3
