@@ -5,6 +5,7 @@ continues text in the manner of the text that it was trained on.
 """
 
 import argparse
+import contextlib
 import math
 import sys
 from pathlib import Path
@@ -13,10 +14,8 @@ import torch
 
 from model import GPTLanguageModel, ModelFileError, Vocabulary, default_dtype, find_device, load_model
 
-try:
-    import readline  # noqa: F401  (arrow keys and history in input(), where the platform has it)
-except ImportError:
-    pass
+with contextlib.suppress(ImportError):  # not on Windows
+    import readline  # noqa: F401  (gives input() arrow keys and a history)
 
 
 def encode_prompt(prompt: str, vocabulary: Vocabulary) -> list[int]:
@@ -74,7 +73,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     flag("model", type=Path, default=Path("model-01.pkl"), help="file of the trained model")
     flag("prompt", help="answer this prompt and exit; without it, prompts are asked for")
     flag("max_new_tokens", type=number(int, 1), default=150, help="characters to add to a prompt")
-    flag("temperature", type=number(float, 0), default=0.8, help="0 always takes the likeliest character, 1 samples as learnt, more gets wilder")  # fmt: skip
+    flag("temperature", type=number(float, 0), default=0.8, help="0: always the likeliest; 1: as learnt; above: wilder")
     flag("top_k", type=number(int, 1), help="sample only from the k likeliest characters; without it, from all")
     flag("seed", type=number(int, 0), help="makes the answers repeatable; without it, they differ each time")
     flag("batch_size", type=number(int, 1), default=1, help="completions per prompt")

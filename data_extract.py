@@ -8,6 +8,7 @@ straight to its place in the output, so that neither memory nor temporary files 
 """
 
 import argparse
+import errno
 import io
 import lzma
 import multiprocessing
@@ -57,7 +58,7 @@ class Damaged(Exception):
 
 
 class Archive(NamedTuple):
-    """One unit of the corpus: `size` bytes from `start` in the file `path`; `name` is its path below the data folder."""
+    """One unit of the corpus: `size` bytes from `start` in the file `path`; messages call it `name`."""
 
     name: str
     path: Path
@@ -86,7 +87,7 @@ def find_archives(data_dir: Path, ignore: set[Path]) -> list[Archive]:
         subfolders[:] = [name for name in subfolders if not is_hidden(name)]
         for path in (Path(folder, name) for name in files if not is_hidden(name)):
             suffix = path.suffix.lower()
-            if suffix in {".tar", ".xz", ".txt"} and path.resolve() not in ignore:
+            if suffix in {".tar", ".xz", ".txt"} and path.is_file() and path.resolve() not in ignore:
                 archive = Archive(path.relative_to(data_dir).as_posix(), path, 0, path.stat().st_size)
                 archives += archives_in_tar(archive) if suffix == ".tar" else [archive]
     if not archives:
@@ -102,18 +103,25 @@ def is_hidden(name: str) -> bool:
 def archives_in_tar(outer: Archive) -> list[Archive]:
     """The `.xz` members of a tar, and the tar itself if it holds documents too or is damaged."""
     archives, read_itself = [], False
-    try:
-        with tarfile.open(outer.path, "r:") as tar:
-            for member in tar:
-                if member.isreg() and not is_hidden(member.name):
-                    name = f"{outer.name}/{member.name}"
-                    archive = Archive(name, outer.path, member.offset_data, member.size)
-                    if archive.is_xz:
-                        archives.append(archive)
-                    else:
-                        read_itself = True
-    except tarfile.TarError:
-        read_itself = True  # reading it comes upon the damage and reports it like that of any other archive
+    with open(outer.path, "rb") as file:
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                for member in tar:
+                    tar.members = []  # which would grow with the tar
+                    if member.size < 0:
+                        raise tarfile.ReadError("negative size")
+                    if member.isreg() and not is_hidden(member.name):
+                        name = f"{outer.name}/{member.name}"
+                        archive = Archive(name, outer.path, member.offset_data, member.size)
+                        if archive.is_xz:
+                            archives.append(archive)
+                        else:
+                            read_itself = True
+                file.seek(tar.offset)  # tarfile ends in silence at a header that is damaged or missing
+                end_mark = file.read(tarfile.BLOCKSIZE)
+                read_itself |= len(end_mark) < tarfile.BLOCKSIZE or any(end_mark)
+        except (tarfile.TarError, ValueError, OSError):
+            read_itself = True  # reading it comes upon the damage and reports it like that of any other archive
     return archives if archives and not read_itself else [outer, *archives]
 
 
@@ -185,7 +193,7 @@ def read_documents(archive: Archive) -> Iterator[tuple[bytes, bool]]:
         try:
             head = stream.read(tarfile.BLOCKSIZE)
             if is_tar_header(head):
-                yield from read_tar(stream, head, archive.is_xz)
+                yield from read_tar(stream, head, archive.name.lower().endswith(".tar"))
             elif archive.name.lower().endswith(".tar"):
                 raise Damaged("it is not a tar file")
             else:
@@ -206,7 +214,7 @@ def is_tar_header(block: bytes) -> bool:
     return True
 
 
-def read_tar(stream: io.BufferedReader, header: bytes, is_packed: bool) -> Iterator[tuple[bytes, bool]]:
+def read_tar(stream: io.BufferedReader, header: bytes, is_outer: bool) -> Iterator[tuple[bytes, bool]]:
     """Yield the documents of a tar, each without trailing newlines and followed by one blank line.
 
     Reads only the fields that matter here, which takes 0.5 s per GB of OpenWebText where `tarfile` takes 4.9 s
@@ -214,7 +222,7 @@ def read_tar(stream: io.BufferedReader, header: bytes, is_packed: bool) -> Itera
     """
     magic, extended = header[257:262], {}
     while any(header):
-        if len(header) < tarfile.BLOCKSIZE or header[257:262] != magic:
+        if len(header) < tarfile.BLOCKSIZE or header[257:262] != magic or (is_outer and not is_tar_header(header)):
             raise Damaged("the tar in it is damaged or cut short")
         kind, size = header[156:157], parse_size(header[124:136])
         if kind in (b"L", b"x"):  # GNU tar's and POSIX pax's way to give the next member a long name or a huge size
@@ -222,31 +230,44 @@ def read_tar(stream: io.BufferedReader, header: bytes, is_packed: bool) -> Itera
             extended = {b"path": record} if kind == b"L" else parse_pax(record)
             skip(stream, size - len(record) + -size % tarfile.BLOCKSIZE)
         else:
-            size = int(extended.get(b"size", size))
-            name = extended.get(b"path", header[:100]).rstrip(b"\0").decode("utf-8", "replace")
+            size = extended.get(b"size", size)
+            prefix = header[345:500].rstrip(b"\0") + b"/" if header[257:263] == b"ustar\0" else b""
+            name = extended.get(b"path", prefix + header[:100]).rstrip(b"\0").decode("utf-8", "replace")
             extended = {}
+            if kind in b"123456":  # links, devices and folders have no content, whatever size they name
+                size = 0
             if kind not in (b"0", b"\0", b"7") or is_hidden(name):
                 skip(stream, size)
             elif name.lower().endswith((".xz", ".tar")):
-                if is_packed or not name.lower().endswith(".xz"):
+                if not is_outer or not name.lower().endswith(".xz"):
                     raise Damaged(f"it holds another archive, {name!r}; unpack the outer one with tar -xf")
                 skip(stream, size)  # an archive of its own, see archives_in_tar
             else:
                 yield from read_document(stream, size)
             skip(stream, -size % tarfile.BLOCKSIZE)
         header = stream.read(tarfile.BLOCKSIZE)
+    if is_outer and not header:  # an .xz file has other means to know that it is whole
+        raise Damaged("it is cut short")
 
 
 def parse_size(field: bytes) -> int:
     """A member's size: octal digits, or from 8 GB on GNU tar's binary number."""
     try:
-        return int.from_bytes(field[1:], "big") if field[0] & 0x80 else int(field.rstrip(b"\0 ") or b"0", 8)
+        size = int.from_bytes(field[1:], "big") if field[0] & 0x80 else int(field.rstrip(b"\0 ") or b"0", 8)
     except ValueError:
-        raise Damaged("the tar in it is damaged") from None
+        size = -1
+    if size < 0:
+        raise Damaged("the tar in it is damaged")
+    return size
 
 
-def parse_pax(record: bytes) -> dict[bytes, bytes]:
-    return dict(re.findall(rb"^\d+ (path|size)=(.*)$", record, re.MULTILINE))
+def parse_pax(record: bytes) -> dict[bytes, bytes | int]:
+    fields = dict(re.findall(rb"^\d+ (path|size)=(.*)$", record, re.MULTILINE))
+    if b"size" in fields:
+        if not fields[b"size"].isdigit():
+            raise Damaged("the tar in it is damaged")
+        fields[b"size"] = int(fields[b"size"])
+    return fields
 
 
 def read_document(stream: io.BufferedReader, size: int) -> Iterator[tuple[bytes, bool]]:
@@ -255,13 +276,15 @@ def read_document(stream: io.BufferedReader, size: int) -> Iterator[tuple[bytes,
         if text:
             yield text + b"\n\n", True
         return
-    held = b""  # line ends that only the next piece shows to be trailing or not
+    empty, held = True, b""  # line ends that only the next piece shows to be trailing or not
     for piece in split_safely(Window(stream, size)):
         text = (held + piece).rstrip(b"\r\n")
         if text:
+            empty = False
             yield text, False
         held = (held + piece)[len(text) :][:CHUNK]
-    yield b"\n\n", True
+    if not empty:
+        yield b"\n\n", True
 
 
 def split_safely(stream: io.IOBase, head: bytes = b"") -> Iterator[bytes]:
@@ -340,6 +363,8 @@ def start_worker(shared: Relay) -> None:
     global relay
     relay = shared
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent decides
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # with which the parent ends this process
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
@@ -447,10 +472,10 @@ def extract(
         if len(archives) == 1:
             cut_off_validation(outputs, totals)
         if not (totals[TRAIN].characters and totals[VAL].characters):
-            raise DataError("too little text: the training and the validation part both need some; add more")
+            raise DataError("; ".join(["too little text: training and validation both need some; add more", *left_out]))
         vocabulary = totals[TRAIN].characters_seen | totals[VAL].characters_seen
-        with open(outputs[VOCAB], "w", encoding="utf-8", newline="\n") as file:
-            file.writelines(f"{character}\n" for character in sorted(vocabulary))
+        with open(outputs[VOCAB], "wb", buffering=0) as file:
+            write_all(file, "".join(f"{character}\n" for character in sorted(vocabulary)).encode())
     return *totals, left_out
 
 
@@ -464,12 +489,27 @@ def extract_all(
     splits = [TRAIN if index < first_val else VAL for index in range(len(archives))]
     with ProcessPoolExecutor(workers, context, start_worker, (relay,)) as pool:
         try:
-            yield from pool.map(extract_archive, range(len(archives)), archives, splits)
+            with signals_held():  # starting a process is no good moment for them, and only this one is to get them
+                results = pool.map(extract_archive, range(len(archives)), archives, splits)
+            yield from results
         except BrokenProcessPool:
             raise DataError("a worker process was killed, perhaps for want of memory; run again") from None
         finally:
             for process in multiprocessing.active_children():  # on an error or Ctrl-C, don't wait for their archives
                 process.terminate()
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Hold back Ctrl-C and SIGTERM in the block, and in threads and processes started in it, where the system can."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
 
 
 def available_cores() -> int:
@@ -479,6 +519,9 @@ def available_cores() -> int:
 @contextmanager
 def replaced_together(paths: list[Path]) -> Iterator[list[Path]]:
     """Give temporary paths to write to; if the block succeeds they replace `paths`, otherwise they are removed."""
+    for path in paths:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     temporary = [path.with_name(path.name + ".tmp") for path in paths]
     try:
         yield temporary
@@ -520,12 +563,15 @@ def write_sample(folder: Path) -> None:
         from pydoc_data.topics import topics
     except ImportError:
         raise DataError("this Python lacks pydoc_data, the built-in sample; name a folder with -data_dir") from None
-    with tarfile.open(folder / "python_reference.tar", "w") as tar:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as tar:
         for name in sorted(topics):
             content = to_ascii(topics[name]).encode()
             member = tarfile.TarInfo(f"{name}.txt")
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
+    with open(folder / "python_reference.tar", "wb", buffering=0) as file:
+        write_all(file, packed.getbuffer())
 
 
 def to_ascii(text: str) -> str:
@@ -548,7 +594,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     def flag(name: str, **options):
         parser.add_argument(f"-{name}", f"--{name}", **options)
 
-    flag("data_dir", type=Path, help=f"folder with .tar, .xz or .txt files, at any depth; without it, {DEFAULT_DATA_DIR} if there is such a folder, else the built-in sample")  # fmt: skip
+    source = f"folder with .tar, .xz or .txt files; without it, {DEFAULT_DATA_DIR} if it is there, else the sample"
+    flag("data_dir", type=Path, help=source)
     flag("output_dir", type=Path, default=Path("."), help="folder for the three files")
     flag("skip_corrupt", action="store_true", help="leave damaged archives out instead of stopping")
     flag("sample_rate", type=share, default=1.0, help="share of the archives to use, above 0 and up to 1")
@@ -590,6 +637,7 @@ def run(args: argparse.Namespace, sample_folder: Path) -> None:
 
 def main() -> int:
     args = parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of archives need not be valid in any encoding
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         with tempfile.TemporaryDirectory() as sample_folder:

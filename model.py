@@ -38,7 +38,7 @@ class Dropout(nn.Module):
         keep = max(1, round((1 - self.p) * 256))
         words = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
         kept = words.view(torch.uint8)[: x.numel()].view(x.shape) <= keep - 1
-        return x * kept * (256 / keep)
+        return x * (kept.to(x.dtype) * (256 / keep))
 
 
 class Head(nn.Module):
@@ -60,9 +60,9 @@ class Head(nn.Module):
         return self.attend(self.query(x), self.key(x), self.value(x))
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Queries (..., T, D), keys and values (..., S, D) -> (..., T, D); the T queries are the last of S time steps."""
+        """Queries (..., T, D), keys and values (..., S, D) -> (..., T, D); the queries are those of the last T."""
         T, S, head_size = q.shape[-2], *k.shape[-2:]
-        weights = q @ k.transpose(-2, -1) * head_size**-0.5  # (..., T, S): how well each key answers each query
+        weights = (q * head_size**-0.5) @ k.transpose(-2, -1)  # (..., T, S): how well each key answers each query
         weights = weights.masked_fill(~self.tril[S - T : S, :S], float("-inf"))  # nothing comes from the future
         weights = F.softmax(weights, dim=-1)  # each query's weights add up to 1
         return self.dropout(weights) @ v  # a weighted mean of the values
@@ -165,7 +165,7 @@ class Block(nn.Module):
 class GPTLanguageModel(nn.Module):
     """A decoder-only Transformer: for every time step, a score for each character of the vocabulary to come next.
 
-    `config` holds the constructor's arguments. Raises ValueError for sizes below 1 and if n_head does not divide n_embd.
+    `config` holds the constructor's arguments. Raises ValueError for sizes below 1 or n_embd not divisible by n_head.
     """
 
     def __init__(
@@ -222,7 +222,7 @@ class GPTLanguageModel(nn.Module):
     def forward(
         self, index: torch.Tensor, targets: torch.Tensor | None = None, caches: list[Cache] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Token ids (B, T), and the ids that follow each of them (B, T) -> logits (B, T, V), mean cross-entropy in nats.
+        """Token ids (B, T) and those that follow each of them (B, T) -> logits (B, T, V), mean cross-entropy in nats.
 
         Without targets the loss is None. With `caches` (see `new_caches`) the ids continue those of earlier calls.
         Raises ValueError if there are no time steps or more than `block_size`.
@@ -245,7 +245,7 @@ class GPTLanguageModel(nn.Module):
         return [Cache(block.sa, batch_size) for block in self.blocks]
 
     def generate(self, index: torch.Tensor, max_new_tokens: int, **options) -> torch.Tensor:
-        """Token ids (B, T) -> (B, T + max_new_tokens), each new one sampled given those before; options as in `stream`."""
+        """Token ids (B, T) -> (B, T + max_new_tokens): all that `stream` yields with these options, appended."""
         return torch.cat([index, *self.stream(index, max_new_tokens, **options)], dim=1)
 
     @torch.no_grad()

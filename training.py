@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from model import GPTLanguageModel, Vocabulary, default_dtype, find_device, replacing, save_model
 
-BETAS = (0.9, 0.99)
+BETAS = (0.9, 0.95)
 STEP, EVALUATION = 0, 1  # what rows of text are drawn for
 
 
@@ -47,8 +47,8 @@ class Text:
         starts = np.flatnonzero(~is_continuation(tail))
         if len(starts) < self.row_length:
             raise TrainingError(
-                f"{path}: holds {len(starts)} characters, a block_size of {block_size} takes {self.row_length} or more; "
-                "use a longer text or a smaller -block_size"
+                f"{path}: holds {len(starts)} characters, -block_size {block_size} takes {self.row_length} or more; "
+                "use a longer text or a smaller block"
             )
         self.last_start = self.size - len(tail) + int(starts[-self.row_length])
         self.ids = np.full(sys.maxunicode + 1, -1, dtype=np.int64)  # code point -> token id
@@ -207,6 +207,7 @@ def train(
                 note = f", saved {args.model}" if saver.offer(model, losses[1]) else ""
                 line = f"step {step}: train loss {losses[0]:.4f}, val loss {losses[1]:.4f}{note}"
                 bar.write(line, file=sys.stdout)
+                sys.stdout.flush()
             if interruption.signal:
                 if saver.best == math.inf:
                     saver.save(model)
@@ -229,10 +230,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
     flag("batch_size", type=number(int, 1), default=32, help="sequences per optimizer step")
     flag("block_size", type=number(int, 1), default=128, help="characters that the model sees at once")
-    flag("max_iters", type=number(int, 1), default=900, help="optimizer steps")
-    flag("learning_rate", type=number(float, 0), default=1e-3, help="highest learning rate, after the warm-up")
-    flag("min_lr", type=number(float, 0), default=1e-4, help="learning rate at the end")
-    flag("warmup_iters", type=number(int, 0), default=100, help="steps in which the learning rate rises from 0")
+    flag("max_iters", type=number(int, 1), default=500, help="optimizer steps")
+    flag("learning_rate", type=number(float, 0), default=2e-3, help="highest learning rate, after the warm-up")
+    flag("min_lr", type=number(float, 0), default=2e-4, help="learning rate at the end")
+    flag("warmup_iters", type=number(int, 0), default=150, help="steps in which the learning rate rises from 0")
     flag("weight_decay", type=number(float, 0), default=0.1, help="AdamW's weight decay, on matrices only")
     flag("grad_clip", type=number(float, 0), default=1.0, help="longest gradient (its norm over all weights)")
     flag("n_embd", type=number(int, 1), default=384, help="numbers per character inside the model")
@@ -243,7 +244,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     flag("eval_iters", type=number(int, 1), default=8, help="batches per evaluation and text")
     flag("seed", type=number(int, 0), default=1337, help="decides initial weights, rows and dropout")
     flag("device", help="cpu, cuda, cuda:1, ...; without it, cuda if there is one, else cpu")
-    flag("dtype", choices=("float32", "bfloat16"), help="precision of the multiplications; without it, what is fast here")  # fmt: skip
+    flag("dtype", choices=("float32", "bfloat16"), help="for multiplications; without it, what is fast here")
     flag("data_dir", type=Path, default=Path("."), help="folder with output_train.txt, output_val.txt and vocab.txt")
     flag("model", type=Path, default=Path("model-01.pkl"), help="file for the trained model")
     args = parser.parse_args(arguments)

@@ -15,7 +15,7 @@ import training
 from model import GPTLanguageModel, Vocabulary, load_model
 
 SCRIPTS = "Plain text, Привет мир, γειά, 中文字符, नमस्ते, שלום, “quoted” – é🙂🚀\n"
-TINY = "-batch_size 4 -block_size 8 -n_embd 16 -n_head 2 -n_layer 1 -eval_iters 2 -device cpu".split()
+TINY = ["-batch_size=4", "-block_size=8", "-n_embd=16", "-n_head=2", "-n_layer=1", "-eval_iters=2", "-device=cpu"]
 
 
 def write_texts(folder: Path, train: str, val: str | None = None, vocabulary: str | None = None) -> Path:

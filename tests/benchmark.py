@@ -1,0 +1,272 @@
+"""Measure speed against the plain form in reference.py and against what the machine can do at best.
+
+    python tests/benchmark.py              all rows, one table, in a few minutes
+    python tests/benchmark.py -only step   one row
+
+Both sides of a row run in turn, A B A B ..., in this one process, so that a machine whose speed drifts still gives a
+fair ratio. Figures are medians; the ratio is the median of the pairs' ratios, with the lowest and the highest.
+"""
+
+import argparse
+import io
+import lzma
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from reference import PlainGPT  # noqa: E402
+
+import training  # noqa: E402
+from model import GPTLanguageModel, Vocabulary, default_dtype, save_model  # noqa: E402
+
+SHAPES = {
+    "default": ({"vocab_size": 100, "n_embd": 384, "block_size": 128, "dropout": 0.2}, 32),
+    "small": ({"vocab_size": 65, "n_embd": 128, "block_size": 64, "dropout": 0.0}, 12),
+}
+CPU = torch.device("cpu")
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def in_turn(ours: Callable, theirs: Callable, pairs: int) -> tuple[float, float, list[float]]:
+    """Median seconds of each side and the ratios theirs/ours of all pairs, after one run of each to warm up."""
+    ours(), theirs()
+    times = [(seconds(ours), seconds(theirs)) for _ in range(pairs)]
+    mine, other = (statistics.median(side) for side in zip(*times))
+    return mine, other, [b / a for a, b in times]
+
+
+def spread(ratios: list[float]) -> str:
+    return f"{statistics.median(ratios):.2f} x ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def row(name: str, ours: str, reference: str, ratio: str, note: str = "") -> None:
+    print(f"| {name} | {ours} | {reference} | {ratio} | {note} |", flush=True)
+
+
+# Training ------------------------------------------------------------------------------------------------------------
+
+
+def matmul_rate(dtype: torch.dtype) -> float:
+    """The best rate of a square multiplication, in FLOP/s: the ceiling for a training step."""
+    rates = []
+    for size in (1024, 2048, 4096):
+        a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+        a @ b
+        rates.append(2 * size**3 / statistics.median(seconds(lambda: a @ b) for _ in range(5)))  # noqa: B023
+    return max(rates)
+
+
+def our_step(shape: str, dtype: torch.dtype, folder: Path) -> tuple[Callable, GPTLanguageModel]:
+    """One step of training.py: batch, forward, backward, clipping and optimizer."""
+    config, batch_size = SHAPES[shape]
+    args = training.parse_args(["-device", "cpu", "-batch_size", str(batch_size)])
+    args.dtype = dtype
+    model = GPTLanguageModel(**config).train()
+    optimizer = training.make_optimizer(model, args.weight_decay)
+    text = training.Text(folder / "output_train.txt", Vocabulary.from_file(folder / "vocab.txt"), config["block_size"])
+    steps = iter(range(10**9))
+    return lambda: training.train_step(model, optimizer, text, next(steps), args).item(), model
+
+
+def plain_step(shape: str) -> Callable:
+    """The same work as the tutorial does it: float32, the batch cut from encoded text in a loop, no clipping."""
+    config, batch_size = SHAPES[shape]
+    block_size = config["block_size"]
+    model = PlainGPT(**config).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    data = torch.randint(0, config["vocab_size"], (100_000,))
+
+    def step():
+        starts = torch.randint(len(data) - block_size, (batch_size,))
+        x = torch.stack([data[i : i + block_size] for i in starts])
+        y = torch.stack([data[i + 1 : i + block_size + 1] for i in starts])
+        _, loss = model(x, y)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def measure_step(name: str, shape: str, dtype: torch.dtype, folder: Path, pairs: int) -> None:
+    step, model = our_step(shape, dtype, folder)
+    rate = matmul_rate(dtype)
+    mine, other, ratios = in_turn(step, plain_step(shape), pairs)
+    rate = max(rate, matmul_rate(dtype))
+    config, batch_size = SHAPES[shape]
+    flops = 6 * sum(p.numel() for p in model.parameters()) * batch_size * config["block_size"] / mine
+    share = f"{flops / 1e9:.0f} GFLOP/s, {flops / rate:.0%} of the {rate / 1e9:.0f} of a matmul"
+    row(name, f"{mine * 1e3:.1f} ms", f"{other * 1e3:.1f} ms", spread(ratios), share)
+
+
+def step(folder: Path) -> None:
+    measure_step(f"training step, default shape, {name_of(FAST)}", "default", FAST, folder, pairs=7)
+
+
+def step_float32(folder: Path) -> None:
+    measure_step("training step, default shape, float32", "default", torch.float32, folder, pairs=5)
+
+
+def step_small(folder: Path) -> None:
+    measure_step(f"training step, small shape, {name_of(FAST)}", "small", FAST, folder, pairs=40)
+
+
+def batch(folder: Path) -> None:
+    text = training.Text(folder / "output_train.txt", Vocabulary.from_file(folder / "vocab.txt"), 128)
+    data = np.memmap(folder / "tokens.bin", dtype=np.uint16, mode="w+", shape=(1_000_000,))
+    steps = iter(range(10**9))
+
+    def from_encoded():  # the way of nanoGPT's get_batch, from tokens encoded beforehand
+        starts = torch.randint(len(data) - 128, (32,))
+        x = torch.stack([torch.from_numpy(data[i : i + 128].astype(np.int64)) for i in starts])
+        y = torch.stack([torch.from_numpy(data[i + 1 : i + 129].astype(np.int64)) for i in starts])
+        return x, y
+
+    mine, other, ratios = in_turn(lambda: training.get_batch(text, 32, [1, next(steps), 0], CPU), from_encoded, 500)
+    row("batch of 32 x 128 from the text", f"{mine * 1e3:.3f} ms", f"{other * 1e3:.3f} ms", spread(ratios), "encoded")
+
+
+# Generating ----------------------------------------------------------------------------------------------------------
+
+
+def measure_generation(name: str, dtype: torch.dtype, sequences: int, tokens: int, pairs: int) -> None:
+    config, _ = SHAPES["default"]
+    ours, plain = GPTLanguageModel(**config).eval().to(dtype), PlainGPT(**config).eval()
+    prompt = torch.zeros(sequences, 1, dtype=torch.long)
+    block_size, few = config["block_size"], tokens // 10
+    # The plain form runs the whole context for every token. A tenth of the tokens, around the mean context, will do.
+    mean_context = statistics.mean(min(t, block_size) for t in range(1, tokens + 1))
+    context = torch.zeros(sequences, int(mean_context - few / 2), dtype=torch.long)
+    mine, other, ratios = in_turn(lambda: ours.generate(prompt, tokens), lambda: plain.generate(context, few), pairs)
+    scale = tokens / few
+    rates = f"{sequences * tokens / mine:.0f} tok/s", f"{sequences * few / other:.0f} tok/s"
+    row(name, *rates, spread([ratio * scale for ratio in ratios]), f"{name_of(dtype)}")
+
+
+def generate(folder: Path) -> None:
+    for dtype in dict.fromkeys((torch.float32, FAST)):
+        measure_generation("generate 500 tokens, one sequence", dtype, 1, 500, pairs=5)
+
+
+def generate16(folder: Path) -> None:
+    for dtype in dict.fromkeys((torch.float32, FAST)):
+        measure_generation("generate 150 tokens, 16 sequences", dtype, 16, 150, pairs=5)
+
+
+def startup(folder: Path) -> None:
+    vocabulary = Vocabulary("".join(map(chr, range(32, 132))))
+    save_model(folder / "model-01.pkl", GPTLanguageModel(100), vocabulary)
+    chat = [sys.executable, str(ROOT / "chatbot.py"), "-prompt", "x", "-max_new_tokens", "1"]
+    run = {"cwd": folder, "stdout": subprocess.DEVNULL, "check": True}
+    mine, other, ratios = in_turn(
+        lambda: subprocess.run(chat, **run), lambda: subprocess.run([sys.executable, "-c", "import torch"], **run), 7
+    )
+    row("chatbot.py -prompt x -max_new_tokens 1", f"{mine:.2f} s", f"{other:.2f} s", spread(ratios), "import torch")
+
+
+# Extracting ----------------------------------------------------------------------------------------------------------
+
+
+def write_archives(folder: Path, megabytes: int) -> list[Path]:
+    """Archives of OpenWebText's shape, from Python's own source: tars of about 400 documents, 2 MB of text, in .xz."""
+    sources = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    text = "".join(path.read_text(encoding="utf-8") for path in sources)
+    paths, distinct = [], 8
+    for number in range(megabytes // 2):
+        path = folder / f"{number:04d}_data.xz"
+        if number < distinct:
+            buffer = io.BytesIO()
+            with tarfile.open(fileobj=buffer, mode="w") as tar:
+                for i in range(400):
+                    start = (number * 400 + i) * 5000 % (len(text) - 5000)
+                    content = f"Привет, 你好 – “{i}”\n{text[start : start + 5000]}".encode()
+                    member = tarfile.TarInfo(f"{i:07d}.txt")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+            path.write_bytes(lzma.compress(buffer.getvalue()))
+        else:
+            shutil.copyfile(paths[number % distinct], path)
+        paths.append(path)
+    return paths
+
+
+def extract(folder: Path) -> None:
+    archives, output = folder / "archives", folder / "extracted"
+    archives.mkdir(), output.mkdir()
+    paths = write_archives(archives, 64)
+    command = [sys.executable, str(ROOT / "data_extract.py"), "-data_dir", str(archives), "-output_dir", str(output)]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    cores = os.cpu_count()
+
+    def unpack_on_all_cores():
+        running = []
+        for core in range(cores):
+            with open(output / f"{core}.txt", "wb") as file:
+                running.append(subprocess.Popen(["xz", "-dc", *map(str, paths[core::cores])], stdout=file))
+        for process in running:
+            assert process.wait() == 0
+
+    if shutil.which("xz") is None:
+        raise SystemExit("extract: install xz to compare with")
+    mine, other, ratios = in_turn(lambda: subprocess.run(command, check=True, **quiet), unpack_on_all_cores, 7)
+    against = f"xz -dc on {cores} cores"
+    row("extract 64 MB of OpenWebText's shape", f"{mine:.2f} s", f"{other:.2f} s", spread(ratios), against)
+
+
+# The table -----------------------------------------------------------------------------------------------------------
+
+ROWS = {
+    function.__name__: function
+    for function in (step, step_float32, step_small, generate, generate16, batch, startup, extract)
+}
+FAST = default_dtype(CPU)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def write_text(folder: Path) -> None:
+    """About 2 MB of training text in ASCII, with its vocabulary."""
+    characters = "".join(map(chr, range(32, 96)))
+    text = "".join(np.random.default_rng(1).choice(list(characters), 2_000_000))
+    (folder / "output_train.txt").write_text(text, encoding="utf-8")
+    (folder / "vocab.txt").write_text("".join(f"{c}\n" for c in characters), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("-only", choices=ROWS, help="measure this row alone")
+    args = parser.parse_args()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, Python {sys.version.split()[0]}\n")
+    print("| work | this | reference | ratio reference/this | |\n|---|---|---|---|---|")
+    torch.manual_seed(1)
+    with tempfile.TemporaryDirectory() as folder:
+        write_text(Path(folder))
+        for name, measure in ROWS.items():
+            if args.only in (None, name):
+                measure(Path(folder))
+
+
+if __name__ == "__main__":
+    main()
