@@ -41,6 +41,28 @@ class Dropout(nn.Module):
         return x * (kept.to(x.dtype) * (256 / keep))
 
 
+class Linear(nn.Linear):
+    """torch's own linear layer, with a faster way for a single row."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x @ weight.T + bias: (..., in_features) -> (..., out_features)
+
+    On a CPU, torch multiplies a float32 matrix by a single row on one core. Cut into as many pieces as there are cores,
+    it generates text 1.5 times as fast.
+    """
+    cores = torch.get_num_threads()
+    one_row = x.numel() == x.shape[-1] and x.dtype == torch.float32 and x.device.type == "cpu"
+    if not one_row or torch.is_grad_enabled() or len(weight) % cores:
+        return F.linear(x, weight, bias)
+    pieces = weight.view(cores, -1, x.shape[-1]).transpose(1, 2)  # (cores, in_features, out_features / cores)
+    y = torch.bmm(x.view(1, 1, -1).expand(cores, 1, -1), pieces).view(*x.shape[:-1], -1)
+    return y if bias is None else y + bias
+
+
 class Head(nn.Module):
     """One head of self-attention: every time step gathers what it looks for from itself and the steps before it.
 
@@ -49,9 +71,9 @@ class Head(nn.Module):
 
     def __init__(self, head_size: int, n_embd: int, block_size: int, dropout: float):
         super().__init__()
-        self.key = nn.Linear(n_embd, head_size, bias=False)
-        self.query = nn.Linear(n_embd, head_size, bias=False)
-        self.value = nn.Linear(n_embd, head_size, bias=False)
+        self.key = Linear(n_embd, head_size, bias=False)
+        self.query = Linear(n_embd, head_size, bias=False)
+        self.value = Linear(n_embd, head_size, bias=False)
         self.register_buffer("tril", lower_triangle(block_size), persistent=False)
         self.dropout = Dropout(dropout)
 
@@ -79,7 +101,7 @@ class MultiHeadAttention(nn.Module):
     def __init__(self, num_heads: int, head_size: int, n_embd: int, block_size: int, dropout: float):
         super().__init__()
         self.heads = nn.ModuleList(Head(head_size, n_embd, block_size, dropout) for _ in range(num_heads))
-        self.proj = nn.Linear(num_heads * head_size, n_embd)
+        self.proj = Linear(num_heads * head_size, n_embd)
         self.dropout = Dropout(dropout)
 
     def forward(self, x: torch.Tensor, cache: "Cache | None" = None) -> torch.Tensor:
@@ -90,11 +112,23 @@ class MultiHeadAttention(nn.Module):
         """
         B, T, _ = x.shape
         weight = self.joined_weight() if cache is None else cache.weight
-        q, k, v = F.linear(x, weight).view(B, T, 3, len(self.heads), -1).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        qkv = linear(x, weight).view(B, T, 3, len(self.heads), -1).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
+        q, kv = qkv[0], qkv[1:]
         if cache is not None:
-            k, v = cache.append(k, v)  # (B, H, S, D) with the S - T earlier time steps
-        y = self.heads[0].attend(q, k, v)  # (B, H, T, D)
+            kv = cache.append(kv)  # (2, B, H, S, D) with the S - T earlier time steps
+        attend = self.heads[0].attend if torch.is_grad_enabled() else self.attend_fused
+        y = attend(q, *kv)  # (B, H, T, D)
         return self.dropout(self.proj(y.transpose(1, 2).flatten(2)))
+
+    def attend_fused(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """What `Head.attend` spells out as one operation, which generates 1.2 times as fast.
+
+        Its backward is no match on a CPU: training took 1.1 to 1.4 times as long with it.
+        """
+        T, S = q.shape[-2], k.shape[-2]
+        visible = None if T == 1 else self.heads[0].tril[S - T : S, :S]
+        dropout = self.dropout.p if self.training else 0.0
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout)
 
     def joined_weight(self) -> torch.Tensor:
         """(3·H·D, C): the queries' weights of all heads, then the keys', then the values'."""
@@ -105,23 +139,21 @@ class MultiHeadAttention(nn.Module):
 class Cache:
     """What one MultiHeadAttention remembers while text is generated, so that each new token costs one time step.
 
-    Holds keys and values (B, H, block_size, D), of which the first `length` time steps are filled.
+    Holds keys and values (2, B, H, block_size, D), of which the first `length` time steps are filled.
     """
 
     def __init__(self, attention: MultiHeadAttention, batch_size: int):
         head = attention.heads[0]
         head_size, block_size = head.key.out_features, len(head.tril)
         self.weight = attention.joined_weight()  # joined once here and not for every token
-        self.keys = self.weight.new_empty(batch_size, len(attention.heads), block_size, head_size)
-        self.values = torch.empty_like(self.keys)
+        self.kv = self.weight.new_empty(2, batch_size, len(attention.heads), block_size, head_size)
         self.length = 0
 
-    def append(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add T time steps (B, H, T, D); return all so far, (B, H, S, D)."""
-        start, self.length = self.length, self.length + k.shape[2]
-        self.keys[:, :, start : self.length] = k
-        self.values[:, :, start : self.length] = v
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+    def append(self, kv: torch.Tensor) -> torch.Tensor:
+        """Add the keys and values of T time steps (2, B, H, T, D); return those of all so far, (2, B, H, S, D)."""
+        start, self.length = self.length, self.length + kv.shape[3]
+        self.kv.narrow(3, start, kv.shape[3]).copy_(kv)
+        return self.kv.narrow(3, 0, self.length)
 
 
 class FeedForward(nn.Module):
@@ -130,9 +162,9 @@ class FeedForward(nn.Module):
     def __init__(self, n_embd: int, dropout: float):
         super().__init__()
         self.net = nn.Sequential(
-            nn.Linear(n_embd, 4 * n_embd),
+            Linear(n_embd, 4 * n_embd),
             nn.ReLU(),
-            nn.Linear(4 * n_embd, n_embd),
+            Linear(4 * n_embd, n_embd),
             Dropout(dropout),
         )
 
@@ -196,7 +228,7 @@ class GPTLanguageModel(nn.Module):
         self.position_embedding_table = nn.Embedding(block_size, n_embd)
         self.blocks = nn.Sequential(*[Block(n_embd, n_head, block_size, dropout) for _ in range(n_layer)])
         self.ln_f = nn.LayerNorm(n_embd)
-        self.lm_head = nn.Linear(n_embd, vocab_size)
+        self.lm_head = Linear(n_embd, vocab_size)
         self.apply(self._init_weights)
         self._share_tril()
 
@@ -248,7 +280,6 @@ class GPTLanguageModel(nn.Module):
         """Token ids (B, T) -> (B, T + max_new_tokens): all that `stream` yields with these options, appended."""
         return torch.cat([index, *self.stream(index, max_new_tokens, **options)], dim=1)
 
-    @torch.no_grad()
     def stream(
         self,
         index: torch.Tensor,
@@ -275,14 +306,17 @@ class GPTLanguageModel(nn.Module):
         self.eval()
         try:
             context = new = index[:, -self.block_size :]
-            caches = self.new_caches(len(index))
+            with torch.no_grad():
+                caches = self.new_caches(len(index))
             for _ in range(max_new_tokens):
                 if caches[0].length + new.shape[1] > self.block_size:
                     new = context = context[:, -max(1, self.block_size // 2) :]
                     for cache in caches:
                         cache.length = 0
-                logits, _ = self(new, caches=caches)
-                new = sample(logits[:, -1], temperature, top_k, generator)
+                with torch.inference_mode():
+                    logits, _ = self(new, caches=caches)
+                    new = sample(logits[:, -1], temperature, top_k, generator)
+                new = new.clone()  # an ordinary tensor, which may be trained on
                 context = torch.cat([context, new], dim=1)
                 yield new
         finally:
