@@ -261,6 +261,7 @@ def test_generation_needs_no_gradients_and_leaves_the_mode_as_it_was(model, trai
     model.train(training)
     text = model.generate(random_ids(1, 3), 5)
     assert model.training is training and not text.requires_grad
+    model(text, text)[1].backward()  # what was generated may be learnt from
     stream = model.stream(random_ids(1, 3), 5)
     next(stream)
     assert torch.is_grad_enabled()
