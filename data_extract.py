@@ -8,7 +8,6 @@ straight to its place in the output, so that neither memory nor temporary files 
 """
 
 import argparse
-import errno
 import io
 import lzma
 import multiprocessing
@@ -532,7 +531,7 @@ def replaced_together(paths: list[Path]) -> Iterator[list[Path]]:
     """Give temporary paths to write to; if the block succeeds they replace `paths`, otherwise they are removed."""
     for path in paths:
         if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+            raise DataError(f"{path}: is a folder where the output belongs; move it away or name another -output_dir")
     temporary = [path.with_name(path.name + ".tmp") for path in paths]
     try:
         yield temporary

@@ -57,6 +57,13 @@ def test_logits_loss_and_gradients_equal_the_plain_implementation(model, plain, 
         torch.testing.assert_close(parameter.grad, plain_gradients[name], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (3, 16)])
+def test_logits_are_the_same_with_and_without_gradients(model, shape):
+    with torch.no_grad():  # takes the fused attention, and for a single row a multiplication of its own
+        without = model(random_ids(*shape))[0]
+    torch.testing.assert_close(without, model(random_ids(*shape))[0], atol=1e-5, rtol=1e-5)
+
+
 def test_without_targets_there_is_no_loss(model):
     logits, loss = model(random_ids(2, 5))
     assert logits.shape == (2, 5, SHAPE["vocab_size"]) and loss is None
@@ -213,10 +220,12 @@ def test_greedy_text_equals_the_uncached_model_until_the_window_is_full(model, p
 
 
 @pytest.mark.parametrize("lengths", [[16], [1] * 16, [5, 1, 1, 9], [15, 1]])
-def test_cached_logits_equal_the_whole_models(model, lengths):
+@pytest.mark.parametrize("gradients", [True, False])
+def test_cached_logits_equal_the_whole_models(model, lengths, gradients):
     index = random_ids(2, 16)
     caches = model.new_caches(2)
-    parts = [model(part, caches=caches)[0] for part in index.split(lengths, dim=1)]
+    with torch.set_grad_enabled(gradients):
+        parts = [model(part, caches=caches)[0] for part in index.split(lengths, dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), model(index)[0], atol=1e-5, rtol=1e-5)
 
 

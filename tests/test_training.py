@@ -201,6 +201,16 @@ def test_an_earlier_model_is_kept(texts, capsys):
     assert "kept as" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_both_precisions_train_and_save_float32_weights(texts, capsys, dtype):
+    run_in(texts, "-max_iters", 60, "-dtype", dtype, "-learning_rate", 0.02, "-warmup_iters", 5, "-eval_interval", 60)
+    output = capsys.readouterr().out
+    assert dtype in output
+    ((_, loss, _),) = evaluations(output)
+    assert loss < 2.0
+    assert load_model(texts / "model-01.pkl")[0].lm_head.weight.dtype == torch.float32
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals to send")
 def test_an_interrupted_run_leaves_a_usable_model(texts, start_script, number, status):
