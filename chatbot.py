@@ -6,13 +6,13 @@ continues text in the manner of the text that it was trained on.
 
 import argparse
 import contextlib
-import math
+import os
 import sys
 from pathlib import Path
 
 import torch
 
-from model import GPTLanguageModel, ModelFileError, Vocabulary, default_dtype, find_device, load_model
+from model import GPTLanguageModel, ModelFileError, Vocabulary, choose_device, load_model, number
 
 with contextlib.suppress(ImportError):  # not on Windows
     import readline  # noqa: F401  (gives input() arrow keys and a history)
@@ -75,30 +75,13 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     flag("max_new_tokens", type=number(int, 1), default=150, help="characters to add to a prompt")
     flag("temperature", type=number(float, 0), default=0.8, help="0: always the likeliest; 1: as learnt; above: wilder")
     flag("top_k", type=number(int, 1), help="sample only from the k likeliest characters; without it, from all")
-    flag("seed", type=number(int, 0), help="makes the answers repeatable; without it, they differ each time")
+    flag("seed", type=number(int, 0, below=2**63), help="makes answers repeatable; without it, they differ")
     flag("batch_size", type=number(int, 1), default=1, help="completions per prompt")
     flag("device", help="cpu, cuda, cuda:1, ...; without it, cuda if there is one, else cpu")
     flag("dtype", choices=("float32", "bfloat16"), help="precision of the weights; without it, what is fast here")
     args = parser.parse_args(arguments)
-    try:
-        args.device = find_device(args.device)
-    except ValueError as error:
-        parser.error(f"argument -device: {error}")
-    args.dtype = getattr(torch, args.dtype) if args.dtype else default_dtype(args.device)
+    choose_device(parser, args)
     return args
-
-
-def number(kind: type, least: float):
-    """A type for argparse: an int or float from `least` up."""
-
-    def parse(text: str):
-        value = kind(text)
-        if not least <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not {least} or more")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse names it in "invalid int value"
-    return parse
 
 
 def run(args: argparse.Namespace) -> int:
@@ -124,6 +107,9 @@ def main() -> int:
         return run(args)
     except ModelFileError as error:
         print(f"chatbot.py: {error}", file=sys.stderr)
+    except BrokenPipeError:  # the reader of the output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         hint = "; train one with training.py, or name yours with -model" if isinstance(error, FileNotFoundError) else ""
         print(f"chatbot.py: {error.filename}: {error.strerror}{hint}", file=sys.stderr)

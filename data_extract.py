@@ -627,9 +627,9 @@ def run(args: argparse.Namespace, sample_folder: Path) -> None:
         print(f"no {DEFAULT_DATA_DIR} folder here: using the built-in sample, the Python reference", file=sys.stderr)
         data_dir = sample_folder
         write_sample(sample_folder)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     archives = find_archives(data_dir, ignore={(args.output_dir / name).resolve() for name in OUTPUT_NAMES})
     archives = take_sample(archives, args.sample_rate, args.seed)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
     train, val, left_out = extract(archives, args.output_dir, args.skip_corrupt)
 
     documents = [f"{train.documents:,}", f"{val.documents:,}"] if len(archives) > 1 else [f"of {train.documents:,}"] * 2
@@ -656,7 +656,7 @@ def main() -> int:
         print(f"data_extract.py: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"data_extract.py: {error.filename}: {error.strerror}; nothing was changed", file=sys.stderr)
+        print(f"data_extract.py: {error.filename or 'standard output'}: {error.strerror}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("data_extract.py: interrupted; nothing was changed", file=sys.stderr)

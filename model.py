@@ -4,6 +4,8 @@ Shapes: B sequences in a batch, T time steps (characters) in a sequence, C = n_e
 V = vocab_size characters, H heads of D = head_size numbers each.
 """
 
+import argparse
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -116,19 +118,19 @@ class MultiHeadAttention(nn.Module):
         q, kv = qkv[0], qkv[1:]
         if cache is not None:
             kv = cache.append(kv)  # (2, B, H, S, D) with the S - T earlier time steps
-        attend = self.heads[0].attend if torch.is_grad_enabled() else self.attend_fused
+        attend = self.attend_fused if x.is_cuda or not torch.is_grad_enabled() else self.heads[0].attend
         y = attend(q, *kv)  # (B, H, T, D)
         return self.dropout(self.proj(y.transpose(1, 2).flatten(2)))
 
     def attend_fused(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """What `Head.attend` spells out as one operation, which generates 1.2 times as fast.
+        """What `Head.attend` spells out as one operation: on a CPU it generates 1.2 times as fast.
 
-        Its backward is no match on a CPU: training took 1.1 to 1.4 times as long with it.
+        But training there took 1.1 to 1.4 times as long with it: its backward is no match for the plain form.
         """
         T, S = q.shape[-2], k.shape[-2]
-        visible = None if T == 1 else self.heads[0].tril[S - T : S, :S]
+        visible = self.heads[0].tril[S - T : S, :S] if 1 < T < S else None  # a single query may see everything
         dropout = self.dropout.p if self.training else 0.0
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout)
+        return F.scaled_dot_product_attention(q, k, v, visible, dropout, is_causal=1 < T == S)
 
     def joined_weight(self) -> torch.Tensor:
         """(3·H·D, C): the queries' weights of all heads, then the keys', then the values'."""
@@ -276,9 +278,16 @@ class GPTLanguageModel(nn.Module):
         """Empty caches, one for each block, to pass to `forward`."""
         return [Cache(block.sa, batch_size) for block in self.blocks]
 
-    def generate(self, index: torch.Tensor, max_new_tokens: int, **options) -> torch.Tensor:
-        """Token ids (B, T) -> (B, T + max_new_tokens): all that `stream` yields with these options, appended."""
-        return torch.cat([index, *self.stream(index, max_new_tokens, **options)], dim=1)
+    def generate(
+        self,
+        index: torch.Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> torch.Tensor:
+        """Token ids (B, T) -> (B, T + max_new_tokens): what `stream` yields, appended."""
+        return torch.cat([index, *self.stream(index, max_new_tokens, temperature, top_k, generator)], dim=1)
 
     def stream(
         self,
@@ -301,7 +310,7 @@ class GPTLanguageModel(nn.Module):
         vocab_size = self.config["vocab_size"]
         if index.shape[1] == 0 or index.min() < 0 or index.max() >= vocab_size:
             raise ValueError(f"the context must be one or more token ids from 0 to {vocab_size - 1}")
-        if temperature < 0 or (top_k is not None and not 0 < top_k <= vocab_size):
+        if not temperature >= 0 or (top_k is not None and not 0 < top_k <= vocab_size):
             raise ValueError(f"temperature must be 0 or more and top_k between 1 and {vocab_size}")
         was_training = self.training
         self.eval()
@@ -318,7 +327,7 @@ class GPTLanguageModel(nn.Module):
                     logits, _ = self(new, caches=caches)
                     new = sample(logits[:, -1], temperature, top_k, generator)
                 new = new.clone()  # an ordinary tensor, which may be trained on
-                context = torch.cat([context, new], dim=1)
+                context = torch.cat([context, new], dim=1)[:, -self.block_size :]
                 yield new
         finally:
             self.train(was_training)
@@ -330,7 +339,8 @@ def sample(
     """Logits (B, V) -> ids (B, 1)"""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    logits = logits.float() / temperature
+    logits = logits.float()
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # at most 0, so that nothing overflows
     if top_k is not None:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
     return torch.multinomial(F.softmax(logits, dim=-1), num_samples=1, generator=generator)
@@ -376,6 +386,10 @@ def replacing(path: str | Path) -> Iterator:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(
+            error.errno, error.strerror, str(path)
+        ) from error  # Python's own does not name a full disk's file
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -407,27 +421,64 @@ def load_model(
         warnings.simplefilter("ignore")  # the error below says it
         try:
             content = torch.load(file, map_location="cpu", weights_only=True)
-            config, weights = content["config"], content["weights"]
-            vocabulary = Vocabulary(content["vocabulary"]) if "vocabulary" in content else vocabulary
-            with WithoutInit():
-                model = GPTLanguageModel(**config)
-            model.load_state_dict(weights, assign=True)
         except Exception as error:  # whatever a damaged or foreign file may cause
-            reason = str(error).partition("\n")[0]
-            raise ModelFileError(f"{path}: not a model that training.py has saved ({reason})") from error
+            raise ModelFileError(f"{path}: not a model file: damaged, or holding more than data and tensors") from error
+    try:
+        config, weights = content["config"], content["weights"]
+        check_size(config, weights)
+        vocabulary = Vocabulary(content["vocabulary"]) if "vocabulary" in content else vocabulary
+        with WithoutInit():
+            model = GPTLanguageModel(**config)
+        model.load_state_dict(weights, assign=True)
+    except Exception as error:  # parts that are missing, of the wrong type or of the wrong shape
+        raise ModelFileError(f"{path}: not a model that training.py has saved") from error
+    if not all(weight.dtype == torch.float32 and weight.isfinite().all() for weight in weights.values()):
+        raise ModelFileError(f"{path}: its weights are not finite float32 numbers; train it again")
     if vocabulary is None or len(vocabulary) != config["vocab_size"]:
-        raise ModelFileError(f"{path}: the vocabulary does not fit the model")
+        raise ModelFileError(f"{path}: its vocabulary does not fit its weights")
     return model.to(device).eval(), vocabulary
+
+
+def check_size(config: dict, weights: dict) -> None:
+    """Refuse a shape that would take more memory than the file's weights justify. Raises ValueError."""
+    block_size = len(weights["position_embedding_table.weight"])
+    if config["block_size"] != block_size or config["n_layer"] * config["n_head"] > len(weights):
+        raise ValueError("the shape does not fit the weights")
+
+
+# What training.py and chatbot.py share of their command lines
+
+
+def number(kind: type, least: float, below: float = math.inf):
+    """A type for argparse: an int or float from `least` up."""
+
+    def parse(text: str):
+        value = kind(text)
+        if not least <= value < below:
+            raise argparse.ArgumentTypeError(f"{text} is not {least} or more" + f", below {below}" * (below < math.inf))
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it in "invalid int value"
+    return parse
 
 
 def find_device(name: str | None = None) -> torch.device:
     """The device of that name, or without a name CUDA if there is one, else the CPU. Raises ValueError."""
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"there is no device {name!r} here ({str(error).partition(chr(10))[0]})") from error
+        device = torch.device(name if name is not None else "cuda" if torch.cuda.is_available() else "cpu")
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        raise ValueError(f"there is no device {name!r} here") from error
     return device
+
+
+def choose_device(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Replace `args.device` and `args.dtype`, names or None, by what they stand for here."""
+    try:
+        args.device = find_device(args.device)
+    except ValueError as error:
+        parser.error(f"argument -device: {error}")
+    args.dtype = getattr(torch, args.dtype) if args.dtype else default_dtype(args.device)
 
 
 def default_dtype(device: torch.device) -> torch.dtype:

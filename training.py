@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import GPTLanguageModel, Vocabulary, default_dtype, find_device, replacing, save_model
+from model import GPTLanguageModel, Vocabulary, choose_device, number, replacing, save_model
 
 BETAS = (0.9, 0.95)
 STEP, EVALUATION = 0, 1  # what rows of text are drawn for
@@ -126,7 +126,7 @@ def train_step(
         _, loss = model(x, y)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
     optimizer.step()
     return loss.detach()
 
@@ -157,8 +157,8 @@ class Interruption:
         self.__exit__()
 
     def __exit__(self, *_) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        for signal_number, handler in self.before.items():
+            signal.signal(signal_number, handler)
 
 
 class Saver:
@@ -166,22 +166,19 @@ class Saver:
 
     def __init__(self, path: Path, vocabulary: Vocabulary):
         self.path, self.vocabulary, self.best = path, vocabulary, math.inf
-        self.old = path.with_suffix(".old.pkl")
+        self.old = path.with_name(f"{path.stem}.old{path.suffix}")
 
-    def save(self, model: GPTLanguageModel) -> None:
+    def offer(self, model: GPTLanguageModel, loss: float) -> bool:
+        """Save the model if its validation loss is the best so far, and say whether it was."""
+        if loss >= self.best:
+            return False
         if self.best == math.inf and self.path.exists():
             with replacing(self.old) as file:
                 file.write(self.path.read_bytes())
             tqdm.write(f"the earlier {self.path} is kept as {self.old}", file=sys.stderr)
         save_model(self.path, model, self.vocabulary)
-
-    def offer(self, model: GPTLanguageModel, loss: float) -> bool:
-        """Save the model if its validation loss is the best so far, and say whether it was."""
-        is_best = loss < self.best
-        if is_best:
-            self.save(model)
-            self.best = loss
-        return is_best
+        self.best = loss
+        return True
 
 
 def train(
@@ -202,15 +199,20 @@ def train(
             bar.set_description(f"step {step}/{args.max_iters}", refresh=False)
             if bar.update(tokens):  # reading the loss waits for the device, so do it only when the bar is drawn
                 bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
-            if step % args.eval_interval == 0 or step == args.max_iters:
-                losses = [estimate_loss(model, text, args) for text in (train_text, val_text)]
-                note = f", saved {args.model}" if saver.offer(model, losses[1]) else ""
-                line = f"step {step}: train loss {losses[0]:.4f}, val loss {losses[1]:.4f}{note}"
+            if step % args.eval_interval == 0 or step == args.max_iters or interruption.signal:
+                train_loss, val_loss = (estimate_loss(model, text, args) for text in (train_text, val_text))
+                if not math.isfinite(val_loss):
+                    kept = f"; the best model so far is in {args.model}" if saver.best < math.inf else ""
+                    rate = learning_rate_at(step - 1, args)
+                    raise TrainingError(
+                        f"the loss is {val_loss} after step {step}, at learning rate {rate:.2g}; "
+                        f"try a lower -learning_rate or a longer -warmup_iters{kept}"
+                    )
+                note = f", saved {args.model}" if saver.offer(model, val_loss) else ""
+                line = f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}{note}"
                 bar.write(line, file=sys.stdout)
                 sys.stdout.flush()
             if interruption.signal:
-                if saver.best == math.inf:
-                    saver.save(model)
                 return
 
 
@@ -232,17 +234,23 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     flag("block_size", type=number(int, 1), default=128, help="characters that the model sees at once")
     flag("max_iters", type=number(int, 1), default=500, help="optimizer steps")
     flag("learning_rate", type=number(float, 0), default=2e-3, help="highest learning rate, after the warm-up")
-    flag("min_lr", type=number(float, 0), default=2e-4, help="learning rate at the end")
-    flag("warmup_iters", type=number(int, 0), default=150, help="steps in which the learning rate rises from 0")
+    flag("min_lr", type=number(float, 0), help="learning rate at the end; without it, a tenth of -learning_rate")
+    warmup = "steps in which the learning rate rises from 0; without it, 150 or at most a third of -max_iters"
+    flag("warmup_iters", type=number(int, 0), help=warmup)
     flag("weight_decay", type=number(float, 0), default=0.1, help="AdamW's weight decay, on matrices only")
-    flag("grad_clip", type=number(float, 0), default=1.0, help="longest gradient (its norm over all weights)")
+    flag(
+        "grad_clip",
+        type=number(float, 0),
+        default=1.0,
+        help="longest gradient, its norm over all weights; 0 for any length",
+    )
     flag("n_embd", type=number(int, 1), default=384, help="numbers per character inside the model")
     flag("n_head", type=number(int, 1), default=4, help="attention heads per layer")
     flag("n_layer", type=number(int, 1), default=4, help="layers (blocks)")
     flag("dropout", type=number(float, 0, below=1), default=0.2, help="share of numbers dropped in training")
     flag("eval_interval", type=number(int, 1), default=100, help="steps from one evaluation to the next")
     flag("eval_iters", type=number(int, 1), default=8, help="batches per evaluation and text")
-    flag("seed", type=number(int, 0), default=1337, help="decides initial weights, rows and dropout")
+    flag("seed", type=number(int, 0, below=2**63), default=1337, help="decides initial weights, rows and dropout")
     flag("device", help="cpu, cuda, cuda:1, ...; without it, cuda if there is one, else cpu")
     flag("dtype", choices=("float32", "bfloat16"), help="for multiplications; without it, what is fast here")
     flag("data_dir", type=Path, default=Path("."), help="folder with output_train.txt, output_val.txt and vocab.txt")
@@ -250,31 +258,20 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.n_embd % args.n_head:
         parser.error(f"argument -n_embd: {args.n_embd} is not a multiple of -n_head {args.n_head}")
-    try:
-        args.device = find_device(args.device)
-    except ValueError as error:
-        parser.error(f"argument -device: {error}")
-    args.dtype = getattr(torch, args.dtype) if args.dtype else default_dtype(args.device)
+    choose_device(parser, args)
+    if args.min_lr is None:
+        args.min_lr = args.learning_rate / 10
+    if args.warmup_iters is None:
+        args.warmup_iters = min(150, args.max_iters // 3)
     return args
 
 
-def number(kind: type, least: float, below: float = math.inf):
-    """A type for argparse: an int or float from `least` up."""
-
-    def parse(text: str):
-        value = kind(text)
-        if not least <= value < below:
-            raise argparse.ArgumentTypeError(f"{text} is not {least} or more" + f", below {below}" * (below < math.inf))
-        return value
-
-    parse.__name__ = kind.__name__  # argparse names it in "invalid int value"
-    return parse
-
-
 def run(args: argparse.Namespace, interruption: Interruption) -> int:
-    if not args.model.resolve().parent.is_dir():
-        raise TrainingError(f"{args.model}: there is no such folder to save into")
+    if args.model.is_dir() or not args.model.parent.is_dir():
+        raise TrainingError(f"{args.model}: -model must name a file in a folder that exists")
     vocabulary = Vocabulary.from_file(args.data_dir / "vocab.txt")
+    if not len(vocabulary):
+        raise TrainingError(f"{args.data_dir / 'vocab.txt'}: holds no characters; run data_extract.py again")
     train_text, val_text = (
         Text(args.data_dir / name, vocabulary, args.block_size) for name in ("output_train.txt", "output_val.txt")
     )
@@ -302,15 +299,21 @@ def run(args: argparse.Namespace, interruption: Interruption) -> int:
 
 def main() -> int:
     args = parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not fit the encoding
     try:
         with Interruption() as interruption:
             return run(args, interruption)
     except TrainingError as error:
         print(f"training.py: {error}", file=sys.stderr)
     except OSError as error:
-        print(f"training.py: {error.filename}: {error.strerror}", file=sys.stderr)
+        hint = "; run data_extract.py first, or name its -data_dir" if isinstance(error, FileNotFoundError) else ""
+        print(f"training.py: {error.filename or 'standard output'}: {error.strerror}{hint}", file=sys.stderr)
     except UnicodeDecodeError:
         print(f"training.py: {args.data_dir / 'vocab.txt'}: not UTF-8 text; run data_extract.py again", file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in str(error):
+            raise
+        print("training.py: not enough memory; try a smaller -batch_size, -n_embd or -block_size", file=sys.stderr)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     return 1

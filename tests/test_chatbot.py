@@ -110,6 +110,13 @@ def test_both_precisions_answer(chat, dtype):
     assert status == 0 and len(completion(output)) == 151
 
 
+def test_a_reader_that_has_seen_enough_ends_the_chat_quietly(start_script, folder):
+    run = start_script("chatbot.py", "-prompt", "a", "-max_new_tokens", str(10**7), cwd=folder)
+    run.stdout.read(20)
+    run.stdout.close()
+    assert run.wait(timeout=30) == 0 and run.stderr.read() == ""
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals to send")
 def test_ctrl_c_stops_an_answer_and_then_leaves(start_script, folder):
     run = start_script("chatbot.py", "-max_new_tokens", str(10**7), cwd=folder, stdin=subprocess.PIPE)
@@ -119,7 +126,7 @@ def test_ctrl_c_stops_an_answer_and_then_leaves(start_script, folder):
     assert shown.startswith("Prompt: Completion:\nabc")  # text arrives while more is being made
     run.send_signal(signal.SIGINT)
     while "\nPrompt: " not in shown:
-        shown += run.stdout.read(1)
+        shown += run.stdout.read(1) or pytest.fail(shown)
     run.send_signal(signal.SIGINT)
     _, errors = run.communicate(timeout=30)
     assert run.returncode == 0 and errors == "(stopped)\n"
@@ -137,7 +144,8 @@ def test_ctrl_c_stops_an_answer_and_then_leaves(start_script, folder):
         (["-device", "nonsense"], 2, "argument -device"),
         (["-unknown"], 2, "unrecognized"),
         (["-model", "missing.pkl"], 1, "missing.pkl: No such file or directory; train one with training.py"),
-        (["-model", "."], 1, "Is a directory"),
+        (["-model", "."], 1, "chatbot.py: .: "),
+        (["-seed", "9" * 30], 2, "argument -seed"),
         (["-model", "damaged.pkl"], 1, "damaged.pkl: not a model"),
         (["-model", "text.pkl"], 1, "text.pkl: not a model"),
     ],

@@ -265,6 +265,11 @@ def test_sampling_follows_temperature_and_top_k(model):
     assert not shares[expected == 0].any()
 
 
+def test_a_very_low_temperature_is_greedy(model):
+    prompt = random_ids(2, 4)
+    assert model.generate(prompt, 9, 1e-40).equal(model.generate(prompt, 9, temperature=0))
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_generation_needs_no_gradients_and_leaves_the_mode_as_it_was(model, training):
     model.train(training)
@@ -285,6 +290,7 @@ def test_generation_needs_no_gradients_and_leaves_the_mode_as_it_was(model, trai
         (torch.tensor([[11]]), {}),
         (torch.tensor([[-1]]), {}),
         (torch.tensor([[0]]), {"temperature": -0.5}),
+        (torch.tensor([[0]]), {"temperature": math.nan}),
         (torch.tensor([[0]]), {"top_k": 0}),
         (torch.tensor([[0]]), {"top_k": 12}),
     ],
@@ -354,6 +360,27 @@ def test_a_damaged_or_foreign_file_is_refused_by_name(tmp_path, content):
     else:
         torch.save(content, path)
     with pytest.raises(ModelFileError, match=r"model\.pkl: not a model"):
+        load_model(path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda content: content["config"].update(n_layer=10**9), "not a model"),
+        (lambda content: content["config"].update(block_size=10**6), "not a model"),
+        (lambda content: content["weights"].pop("ln_f.bias"), "not a model"),
+        (lambda content: content["weights"].update(more=torch.zeros(1)), "not a model"),
+        (lambda content: content["weights"]["ln_f.bias"].fill_(math.nan), "not finite float32"),
+        (lambda content: content["weights"].update({"ln_f.bias": torch.zeros(24).double()}), "not finite float32"),
+    ],
+)
+def test_weights_that_do_not_make_a_model_are_refused(model, tmp_path, spoil, message):
+    path = tmp_path / "model.pkl"
+    save_model(path, model, Vocabulary("abcdefghijk"))
+    content = torch.load(path, weights_only=True)
+    spoil(content)
+    torch.save(content, path)
+    with pytest.raises(ModelFileError, match=message):
         load_model(path)
 
 

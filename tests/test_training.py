@@ -131,6 +131,12 @@ def test_learning_rate_rises_linearly_and_falls_as_a_cosine():
     assert rates == pytest.approx([0.1, 0.5, 1.0, 1.0, 0.55 + quarter, 0.55, 0.55 - quarter, 0.1])
 
 
+def test_the_ends_of_the_schedule_follow_from_the_other_flags():
+    recipe = args("-learning_rate", 0.5, "-max_iters", 60)
+    assert (recipe.min_lr, recipe.warmup_iters) == (0.05, 20)
+    assert args("-max_iters", 10_000).warmup_iters == 150
+
+
 def test_only_matrices_are_decayed():
     model = GPTLanguageModel(7, n_embd=8, n_head=2, n_layer=1, block_size=4)
     decays = {
@@ -201,6 +207,22 @@ def test_an_earlier_model_is_kept(texts, capsys):
     assert "kept as" in capsys.readouterr().err
 
 
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_model(texts):
+    run_in(texts, "-max_iters", 2)
+    before = (texts / "model-01.pkl").read_bytes()
+    with pytest.raises(training.TrainingError, match=r"the loss is (nan|inf) after step 6, at .* -learning_rate"):
+        run_in(texts, "-max_iters", 20, "-eval_interval", 6, "-learning_rate", 1e30, "-warmup_iters", 0)
+    assert (texts / "model-01.pkl").read_bytes() == before
+
+
+def test_a_clip_of_0_clips_nothing(texts):
+    weights = []
+    for clip in (0, 1e9, 0.01):
+        run_in(texts, "-max_iters", 3, "-grad_clip", clip)
+        weights.append(load_model(texts / "model-01.pkl")[0].lm_head.weight)
+    assert weights[0].equal(weights[1]) and not weights[0].equal(weights[2])
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_both_precisions_train_and_save_float32_weights(texts, capsys, dtype):
     run_in(texts, "-max_iters", 60, "-dtype", dtype, "-learning_rate", 0.02, "-warmup_iters", 5, "-eval_interval", 60)
@@ -217,7 +239,7 @@ def test_an_interrupted_run_leaves_a_usable_model(texts, start_script, number, s
     run = start_script("training.py", *TINY, "-max_iters", 10**6, "-eval_interval", 10**6, cwd=texts)
     shown = ""
     while "loss" not in shown:  # the progress bar, once it has drawn a few steps
-        shown += run.stderr.read(1)
+        shown += run.stderr.read(1) or pytest.fail(shown)
     run.send_signal(number)
     _, errors = run.communicate(timeout=60)
     assert run.returncode == status
@@ -239,7 +261,10 @@ def test_an_interrupted_run_leaves_a_usable_model(texts, start_script, number, s
         (["-unknown"], 2, "unrecognized"),
         (["-data_dir", "nowhere"], 1, "vocab.txt"),
         (["-block_size", "5000"], 1, "output_train.txt: holds 4600 characters"),
-        (["-model", "nowhere/model.pkl"], 1, "nowhere/model.pkl: there is no such folder"),
+        (["-model", "nowhere/model.pkl"], 1, "nowhere/model.pkl: -model must name a file in a folder that exists"),
+        (["-model", "."], 1, ".: -model must name a file"),
+        (["-seed", "9" * 30], 2, "argument -seed"),
+        (["-n_embd", "2000000000", "-n_head", "1"], 1, "not enough memory"),
     ],
 )
 def test_bad_input_is_one_line(texts, monkeypatch, capsys, flags, status, message):
@@ -252,6 +277,43 @@ def test_bad_input_is_one_line(texts, monkeypatch, capsys, flags, status, messag
     errors = capsys.readouterr().err
     assert message in errors and errors.count("\n") == 1 and "Traceback" not in errors
     assert not list(texts.glob("*.pkl*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("vocab.txt", b"", "vocab.txt: holds no characters"),
+        ("vocab.txt", b"\xff\n", "vocab.txt: not UTF-8"),
+        ("output_val.txt", None, "output_val.txt: No such file or directory; run data_extract.py first"),
+        ("output_train.txt", b"", "output_train.txt: holds 0 characters"),
+    ],
+)
+def test_files_that_do_not_belong_together_are_one_line(texts, monkeypatch, capsys, name, content, message):
+    if content is None:
+        (texts / name).unlink()
+    else:
+        (texts / name).write_bytes(content)
+    monkeypatch.chdir(texts)
+    monkeypatch.setattr(sys, "argv", ["training.py", *TINY])
+    assert training.main() == 1
+    errors = capsys.readouterr().err
+    assert message in errors and errors.count("\n") == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on file sizes")
+def test_a_full_disk_is_named_and_leaves_the_former_model(texts, run_script):
+    run_in(texts, "-max_iters", 2)
+    before = (texts / "model-01.pkl").read_bytes()
+
+    def small_disk():
+        import resource
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, len(before) // 2))
+
+    run = run_script("training.py", *TINY, "-max_iters", 2, cwd=texts, preexec_fn=small_disk)
+    assert run.returncode == 1 and "model-01" in run.stderr.splitlines()[-1] and "Traceback" not in run.stderr
+    assert (texts / "model-01.pkl").read_bytes() == before and not list(texts.glob("*.tmp"))
 
 
 def test_the_three_commands_in_sequence(tmp_path, run_script):
