@@ -387,9 +387,7 @@ def replacing(path: str | Path) -> Iterator:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise OSError(
-            error.errno, error.strerror, str(path)
-        ) from error  # Python's own does not name a full disk's file
+        raise OSError(error.errno, error.strerror, str(path)) from error  # on a full disk, Python names none
     finally:
         temporary.unlink(missing_ok=True)
 

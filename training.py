@@ -238,12 +238,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     warmup = "steps in which the learning rate rises from 0; without it, 150 or at most a third of -max_iters"
     flag("warmup_iters", type=number(int, 0), help=warmup)
     flag("weight_decay", type=number(float, 0), default=0.1, help="AdamW's weight decay, on matrices only")
-    flag(
-        "grad_clip",
-        type=number(float, 0),
-        default=1.0,
-        help="longest gradient, its norm over all weights; 0 for any length",
-    )
+    flag("grad_clip", type=number(float, 0), default=1.0, help="longest gradient (norm over all weights); 0: any")
     flag("n_embd", type=number(int, 1), default=384, help="numbers per character inside the model")
     flag("n_head", type=number(int, 1), default=4, help="attention heads per layer")
     flag("n_layer", type=number(int, 1), default=4, help="layers (blocks)")
