@@ -181,6 +181,21 @@ class Saver:
         return True
 
 
+def evaluate(
+    model: GPTLanguageModel, train_text: Text, val_text: Text, step: int, saver: Saver, args: argparse.Namespace
+) -> str:
+    """Offer the model to the saver; return the line to show. Raises TrainingError if the loss is no longer a number."""
+    train_loss, val_loss = (estimate_loss(model, text, args) for text in (train_text, val_text))
+    if not math.isfinite(val_loss):
+        kept = f"; the best model so far is in {args.model}" if saver.best < math.inf else ""
+        raise TrainingError(
+            f"the loss is {val_loss} after step {step}, at learning rate {learning_rate_at(step - 1, args):.2g}; "
+            f"try a lower -learning_rate or a longer -warmup_iters{kept}"
+        )
+    note = f", saved {args.model}" if saver.offer(model, val_loss) else ""
+    return f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}{note}"
+
+
 def train(
     model: GPTLanguageModel,
     train_text: Text,
@@ -200,17 +215,7 @@ def train(
             if bar.update(tokens):  # reading the loss waits for the device, so do it only when the bar is drawn
                 bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
             if step % args.eval_interval == 0 or step == args.max_iters or interruption.signal:
-                train_loss, val_loss = (estimate_loss(model, text, args) for text in (train_text, val_text))
-                if not math.isfinite(val_loss):
-                    kept = f"; the best model so far is in {args.model}" if saver.best < math.inf else ""
-                    rate = learning_rate_at(step - 1, args)
-                    raise TrainingError(
-                        f"the loss is {val_loss} after step {step}, at learning rate {rate:.2g}; "
-                        f"try a lower -learning_rate or a longer -warmup_iters{kept}"
-                    )
-                note = f", saved {args.model}" if saver.offer(model, val_loss) else ""
-                line = f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}{note}"
-                bar.write(line, file=sys.stdout)
+                bar.write(evaluate(model, train_text, val_text, step, saver, args), file=sys.stdout)
                 sys.stdout.flush()
             if interruption.signal:
                 return

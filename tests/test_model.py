@@ -44,8 +44,10 @@ def random_ids(*shape):
 # The maths
 
 
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("time_steps", [1, 2, 15, 16])
-def test_logits_loss_and_gradients_equal_the_plain_implementation(model, plain, time_steps):
+def test_logits_loss_and_gradients_equal_the_plain_implementation(model, plain, time_steps, fused, monkeypatch):
+    monkeypatch.setattr(MultiHeadAttention, "prefers_fused", lambda self, q: fused)
     index, targets = random_ids(3, time_steps), random_ids(3, time_steps).flip(0)
     (logits, loss), (plain_logits, plain_loss) = model(index, targets), plain(index, targets)
     torch.testing.assert_close(logits, plain_logits, atol=1e-5, rtol=1e-5)
@@ -80,7 +82,9 @@ def test_a_later_token_never_changes_an_earlier_logit(model):
         assert not torch.allclose(after[:, position:], before[:, position:])
 
 
-def test_multi_head_attention_equals_its_heads_one_by_one():
+@pytest.mark.parametrize("fused", [True, False])
+def test_multi_head_attention_equals_its_heads_one_by_one(fused, monkeypatch):
+    monkeypatch.setattr(MultiHeadAttention, "prefers_fused", lambda self, q: fused)
     torch.manual_seed(3)
     attention = MultiHeadAttention(num_heads=4, head_size=8, n_embd=32, block_size=20, dropout=0.3).eval()
     x = torch.randn(5, 20, 32)
