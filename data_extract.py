@@ -347,6 +347,7 @@ class Relay:
 
     def __init__(self, context: multiprocessing.context.BaseContext, outputs: list[Path]):
         self.outputs = outputs
+        self.started = context.Semaphore(0)  # released once by every worker
         self.condition = context.Condition()
         self.turn = context.Value("q", 0, lock=False)
         self.ends = context.Array("q", len(outputs), lock=False)  # bytes of text in each output so far
@@ -371,6 +372,7 @@ def start_worker(shared: Relay) -> None:
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # with which the parent ends this process
     threading.Thread(target=end_with_parent, daemon=True).start()
+    relay.started.release()
 
 
 def end_with_parent() -> None:
@@ -499,9 +501,12 @@ def extract_all(
     splits = [TRAIN if index < first_val else VAL for index in range(len(archives))]
     with ProcessPoolExecutor(workers, context, start_worker, (relay,)) as pool:
         try:
-            with signals_held():  # starting a process is no good moment for them, and only this one is to get them
-                results = pool.map(extract_archive, range(len(archives)), archives, splits)
-            yield from results
+            with signals_held():  # a worker that is stopped while it starts would not do so quietly
+                futures = [pool.submit(extract_archive, *job) for job in zip(range(len(archives)), archives, splits)]
+                for _ in range(workers):
+                    relay.started.acquire(timeout=10)
+            for future in futures:
+                yield future.result()
         except BrokenProcessPool:
             raise DataError("a worker process was killed, perhaps for want of memory; run again") from None
         finally:
