@@ -35,8 +35,8 @@ class Dropout(nn.Module):
             return x
         if x.device.type != "cpu":
             return F.dropout(x, self.p)
-        # One 64-bit random number decides for eight elements, 8 bits each, so p is rounded to 256ths. Drawing one
-        # number per element, as F.dropout does on a CPU, took 28 % of a training step; this takes 3 %.
+        # One 64-bit random number decides for eight elements, 8 bits each, so p is rounded to 256ths. F.dropout draws
+        # one number per element on a single core: a training step took 760 ms with it, takes 634 so, and 590 without.
         keep = max(1, round((1 - self.p) * 256))
         words = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
         kept = words.view(torch.uint8)[: x.numel()].view(x.shape) <= keep - 1
@@ -61,7 +61,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     if not one_row or torch.is_grad_enabled() or len(weight) % cores:
         return F.linear(x, weight, bias)
     pieces = weight.view(cores, -1, x.shape[-1]).transpose(1, 2)  # (cores, in_features, out_features / cores)
-    y = torch.bmm(x.view(1, 1, -1).expand(cores, 1, -1), pieces).view(*x.shape[:-1], -1)
+    y = torch.bmm(x.reshape(1, 1, -1).expand(cores, 1, -1), pieces).view(*x.shape[:-1], -1)
     return y if bias is None else y + bias
 
 
