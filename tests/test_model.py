@@ -223,6 +223,23 @@ def test_greedy_text_equals_the_uncached_model_until_the_window_is_full(model, p
     assert model.generate(prompt, 13, temperature=0).equal(expected)
 
 
+def test_a_trained_models_greedy_text_equals_the_uncached_models():
+    torch.manual_seed(10)
+    model, plain = GPTLanguageModel(**SHAPE, dropout=0.1), PlainGPT(**SHAPE, dropout=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    for _ in range(60):  # to count up from any start
+        rows = (torch.randint(0, 11, (8, 1)) + torch.arange(17)) % SHAPE["vocab_size"]
+        loss = model(rows[:, :-1], rows[:, 1:])[1]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    plain.load_state_dict(model.state_dict())
+    prompt = torch.arange(5)[:, None]
+    text = model.generate(prompt, 15, temperature=0)
+    assert text.equal(plain.eval().generate(prompt, 15, greedy=True))
+    assert text.equal((prompt + torch.arange(16)) % SHAPE["vocab_size"])
+
+
 @pytest.mark.parametrize("lengths", [[16], [1] * 16, [5, 1, 1, 9], [15, 1]])
 @pytest.mark.parametrize("gradients", [True, False])
 def test_cached_logits_equal_the_whole_models(model, lengths, gradients):
