@@ -516,15 +516,20 @@ def extract_all(
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Hold back Ctrl-C and SIGTERM in the block, and in threads and processes started in it, where the system can."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    """Let Ctrl-C and SIGTERM wait until the block is done, also in threads and processes started in it."""
+    came, signals = [], (signal.SIGINT, signal.SIGTERM)
+    handlers = {number: signal.signal(number, lambda number, _: came.append(number)) for number in signals}
+    if hasattr(signal, "pthread_sigmask"):  # for the processes; a signal to this one may reach it by another thread
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+        for number in came:
+            signal.raise_signal(number)
 
 
 def available_cores() -> int:
