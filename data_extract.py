@@ -71,6 +71,10 @@ class Archive(NamedTuple):
     def is_xz(self) -> bool:
         return self.name.lower().endswith(".xz")
 
+    @property
+    def is_tar(self) -> bool:
+        return self.name.lower().endswith(".tar")
+
 
 def find_archives(data_dir: Path, ignore: set[Path]) -> list[Archive]:
     """All archives below `data_dir` but the files in `ignore`, sorted by their own file name, then by path.
@@ -88,13 +92,12 @@ def find_archives(data_dir: Path, ignore: set[Path]) -> list[Archive]:
     for folder, subfolders, files in os.walk(data_dir, onerror=fail):
         subfolders[:] = [name for name in subfolders if not is_hidden(name)]
         for path in (Path(folder, name) for name in files if not is_hidden(name)):
-            suffix = path.suffix.lower()
-            if suffix not in {".tar", ".xz", ".txt"} or path.resolve() in ignore:
+            if path.suffix.lower() not in {".tar", ".xz", ".txt"} or path.resolve() in ignore:
                 continue
             status = path.stat()
             if stat.S_ISREG(status.st_mode):  # not a pipe or a device, which may never end
                 archive = Archive(path.relative_to(data_dir).as_posix(), path, 0, status.st_size)
-                archives += archives_in_tar(archive) if suffix == ".tar" else [archive]
+                archives += archives_in_tar(archive) if archive.is_tar else [archive]
     if not archives:
         raise DataError(f"{data_dir}: holds no .tar, .xz or .txt file; put your archives or texts there")
     return sorted(archives, key=lambda archive: (archive.name.rpartition("/")[2], archive.name))
@@ -198,8 +201,8 @@ def read_documents(archive: Archive) -> Iterator[tuple[bytes, bool]]:
         try:
             head = stream.read(tarfile.BLOCKSIZE)
             if is_tar_header(head):
-                yield from read_tar(stream, head, archive.name.lower().endswith(".tar"))
-            elif archive.name.lower().endswith(".tar"):
+                yield from read_tar(stream, head, archive.is_tar)
+            elif archive.is_tar:
                 raise Damaged("it is not a tar file")
             else:
                 yield from ((piece, False) for piece in split_safely(stream, head))

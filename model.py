@@ -468,22 +468,17 @@ def number(kind: type, least: float, below: float = math.inf):
     return parse
 
 
-def find_device(name: str | None = None) -> torch.device:
-    """The device of that name, or without a name CUDA if there is one, else the CPU. Raises ValueError."""
-    try:
-        device = torch.device(name if name is not None else "cuda" if torch.cuda.is_available() else "cpu")
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
-        raise ValueError(f"there is no device {name!r} here") from error
-    return device
-
-
 def choose_device(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Replace `args.device` and `args.dtype`, names or None, by what they stand for here."""
+    """Replace `args.device` and `args.dtype`, names or None, by what they stand for here.
+
+    Without a name, the device is CUDA if there is one, else the CPU. Ends the program if the device is not there.
+    """
+    name = args.device if args.device is not None else "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        args.device = find_device(args.device)
-    except ValueError as error:
-        parser.error(f"argument -device: {error}")
+        args.device = torch.device(name)
+        torch.zeros(1, device=args.device).item()
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
+        parser.error(f"argument -device: there is no device {name!r} here")
     args.dtype = getattr(torch, args.dtype) if args.dtype else default_dtype(args.device)
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # so that tests can import the scripts however pytest was started
 
 
 def popen_options(name: str, args: tuple, cwd: Path) -> dict:

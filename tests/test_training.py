@@ -162,6 +162,11 @@ def run_in(folder, *flags):
         return training.run(args("-data_dir", folder, "-model", folder / "model-01.pkl", *flags), interruption)
 
 
+def weights_after(folder, *flags) -> torch.Tensor:
+    run_in(folder, *flags)
+    return load_model(folder / "model-01.pkl")[0].lm_head.weight
+
+
 def evaluations(output: str) -> list[tuple[int, float, bool]]:
     found = re.findall(r"^step (\d+): train loss [\d.]+, val loss ([\d.]+)(, saved)?", output, re.MULTILINE)
     return [(int(step), float(loss), bool(saved)) for step, loss, saved in found]
@@ -190,10 +195,7 @@ def test_it_learns(texts, capsys):
 
 
 def test_the_seed_decides_everything(texts):
-    weights = []
-    for seed in (1, 1, 2):
-        run_in(texts, "-max_iters", 5, "-seed", seed)
-        weights.append(load_model(texts / "model-01.pkl")[0].lm_head.weight)
+    weights = [weights_after(texts, "-max_iters", 5, "-seed", seed) for seed in (1, 1, 2)]
     assert weights[0].equal(weights[1]) and not weights[0].equal(weights[2])
 
 
@@ -216,10 +218,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_model(te
 
 
 def test_a_clip_of_0_clips_nothing(texts):
-    weights = []
-    for clip in (0, 1e9, 0.01):
-        run_in(texts, "-max_iters", 3, "-grad_clip", clip)
-        weights.append(load_model(texts / "model-01.pkl")[0].lm_head.weight)
+    weights = [weights_after(texts, "-max_iters", 3, "-grad_clip", clip) for clip in (0, 1e9, 0.01)]
     assert weights[0].equal(weights[1]) and not weights[0].equal(weights[2])
 
 
