@@ -71,6 +71,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.add_argument(f"-{name}", f"--{name}", **options)
 
     flag("model", type=Path, default=Path("model-01.pkl"), help="file of the trained model")
+    flag("vocab", type=Path, help="vocab.txt of the model, for a file that holds none, such as the tutorial's")
     flag("prompt", help="answer this prompt and exit; without it, prompts are asked for")
     flag("max_new_tokens", type=number(int, 1), default=150, help="characters to add to a prompt")
     flag("temperature", type=number(float, 0), default=0.8, help="0: always the likeliest; 1: as learnt; above: wilder")
@@ -85,7 +86,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> int:
-    model, vocabulary = load_model(args.model, args.device)
+    model, vocabulary = load_model(args.model, args.device, Vocabulary.from_file(args.vocab) if args.vocab else None)
     if args.top_k and args.top_k > len(vocabulary):
         print(f"chatbot.py: argument -top_k: the model knows only {len(vocabulary)} characters", file=sys.stderr)
         return 2

@@ -5,17 +5,26 @@ V = vocab_size characters, H heads of D = head_size numbers each.
 """
 
 import argparse
+import io
 import math
 import os
+import pickle
+import pickletools
+import re
+import struct
 import warnings
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+
+MAX_BLOCK_SIZE = 2**15  # for which the mask alone takes 1 GiB
 
 
 class Dropout(nn.Module):
@@ -207,7 +216,8 @@ class Block(nn.Module):
 class GPTLanguageModel(nn.Module):
     """A decoder-only Transformer: for every time step, a score for each character of the vocabulary to come next.
 
-    `config` holds the constructor's arguments. Raises ValueError for sizes below 1 or n_embd not divisible by n_head.
+    `config` holds the constructor's arguments. Raises ValueError for sizes below 1, a block_size above MAX_BLOCK_SIZE and
+    an n_embd that n_head does not divide.
     """
 
     def __init__(
@@ -230,6 +240,8 @@ class GPTLanguageModel(nn.Module):
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, not {size}")
+        if block_size > MAX_BLOCK_SIZE:
+            raise ValueError(f"block_size must be at most {MAX_BLOCK_SIZE}, not {block_size}")
         if n_embd % n_head:
             raise ValueError(f"n_embd ({n_embd}) must be a multiple of n_head ({n_head}), the heads share it")
         self.config = {**sizes, "dropout": dropout}
@@ -354,6 +366,10 @@ def sample(
     return torch.multinomial(F.softmax(logits, dim=-1), num_samples=1, generator=generator)
 
 
+class ModelFileError(ValueError):
+    """A model file or vocabulary can't be used; the message names it, says why and what to do."""
+
+
 class Vocabulary:
     """The characters a model knows, sorted by code point; a character's token id is its place among them."""
 
@@ -363,8 +379,15 @@ class Vocabulary:
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Vocabulary":
-        """The characters in a `vocab.txt`. Raises OSError, and UnicodeDecodeError if it is not UTF-8."""
-        return cls(Path(path).read_bytes().decode("utf-8"))
+        """The characters in a `vocab.txt`. Raises OSError and ModelFileError."""
+        try:
+            text = Path(path).read_bytes().decode("utf-8")
+        except UnicodeDecodeError:
+            raise ModelFileError(f"{path}: not UTF-8 text; run data_extract.py again") from None
+        if not text:
+            raise ModelFileError(f"{path}: holds no characters; run data_extract.py again")
+        windows = re.search(r"(?<!\r)\n", text) is None  # Python's text mode ended every line with \r\n
+        return cls(text.replace("\r", "") if windows else text)
 
     def __len__(self) -> int:
         return len(self.characters)
@@ -378,10 +401,6 @@ class Vocabulary:
 
     def decode(self, ids: list[int]) -> str:
         return "".join(self.characters[i] for i in ids)
-
-
-class ModelFileError(ValueError):
-    """A model file can't be used; the message names it, says why and what to do."""
 
 
 @contextmanager
@@ -409,9 +428,12 @@ class WithoutInit(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def save_model(path: str | Path, model: GPTLanguageModel, vocabulary: Vocabulary) -> None:
-    """Save weights, constructor arguments and vocabulary, all that is needed to use the model. Raises OSError."""
-    content = {"config": model.config, "vocabulary": vocabulary.characters, "weights": model.state_dict()}
+def save_model(path: str | Path, model: GPTLanguageModel, vocabulary: Vocabulary, **more) -> None:
+    """Save weights, constructor arguments and vocabulary, all that is needed to use the model. Raises OSError.
+
+    `more` is further data and tensors for `read_model_file` to return.
+    """
+    content = {"config": model.config, "vocabulary": vocabulary.characters, "weights": model.state_dict(), **more}
     with replacing(path) as file:
         torch.save(content, file)
 
@@ -421,35 +443,198 @@ def load_model(
 ) -> tuple[GPTLanguageModel, Vocabulary]:
     """The model of a file in eval mode, and its vocabulary, or the one given for a file that has none.
 
-    Only data and tensors are read: no code in the file can run. Raises OSError and ModelFileError.
+    Reads what `save_model` writes, a `torch.save` of a state_dict, and the tutorial's pickled modules. Only data and
+    tensors are read: no code in the file can run. Raises OSError and ModelFileError.
     """
-    with open(path, "rb") as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the error below says it
+    model, vocabulary = build_model(read_model_file(path), path, vocabulary)
+    return model.to(device), vocabulary
+
+
+def read_model_file(path: str | Path) -> dict:
+    """What `save_model` has put into a file; of other files, the weights alone. Raises OSError and ModelFileError."""
+    with open(path, "rb") as file:
         try:
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            content = read_archive(file) if zipfile.is_zipfile(file) else {"weights": read_module(file)}
         except Exception as error:  # whatever a damaged or foreign file may cause
             raise ModelFileError(f"{path}: not a model file: damaged, or holding more than data and tensors") from error
+        size = file.seek(0, os.SEEK_END)
+    weights = content.setdefault("weights", dict(content))
     try:
-        config, weights = content["config"], content["weights"]
-        check_size(config, weights)
-        vocabulary = Vocabulary(content["vocabulary"]) if "vocabulary" in content else vocabulary
+        if not all(map(is_plain, weights.values())) or sum(w.nbytes for w in weights.values()) > size:
+            raise ModelFileError(f"{path}: its weights are not finite float32 numbers, all of them in the file")
+        content.setdefault("config", config_of(weights))
+    except (AttributeError, KeyError, IndexError, ValueError) as error:
+        if isinstance(error, ModelFileError):
+            raise
+        raise ModelFileError(f"{path}: not the weights of a GPTLanguageModel") from error
+    return content
+
+
+def read_archive(file: BinaryIO) -> dict:
+    """The dict in a `torch.save` file. Raises one of many exceptions for any other."""
+    with zipfile.ZipFile(file) as archive:
+        if sum(entry.file_size for entry in archive.infolist()) > file.seek(0, os.SEEK_END):
+            raise ValueError("compressed, so that it may unpack to any size")
+        for name in archive.namelist():
+            if name.endswith("data.pkl"):
+                check_pickle(archive.open(name))
+    file.seek(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the caller's error says it
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    return dict(content)
+
+
+def is_plain(weight: torch.Tensor) -> bool:
+    """Whether a tensor holds finite float32 numbers, each with its own place in memory."""
+    plain = type(weight) is torch.Tensor and weight.layout == torch.strided and weight.device.type == "cpu"
+    return plain and weight.dtype == torch.float32 and weight.is_contiguous() and bool(weight.isfinite().all())
+
+
+def config_of(weights: dict[str, torch.Tensor]) -> dict:
+    """The constructor's arguments that fit the weights, but for dropout. Raises KeyError for other weights."""
+    vocab_size, n_embd = weights["token_embedding_table.weight"].shape
+    layers = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
+    heads = {name.split(".")[4] for name in weights if name.startswith("blocks.0.sa.heads.")}
+    return {
+        "vocab_size": vocab_size,
+        "n_embd": n_embd,
+        "n_head": len(heads),
+        "n_layer": len(layers),
+        "block_size": len(weights["position_embedding_table.weight"]),
+    }
+
+
+def build_model(
+    content: dict, path: str | Path, vocabulary: Vocabulary | None = None
+) -> tuple[GPTLanguageModel, Vocabulary]:
+    """The model in eval mode and the vocabulary that `read_model_file` has read. Raises ModelFileError."""
+    try:
+        weights = content["weights"]
+        config = {**content["config"], **config_of(weights)}
+        if config != content["config"]:
+            raise ValueError("a shape that is not that of the weights")
         with WithoutInit():
             model = GPTLanguageModel(**config)
         model.load_state_dict(weights, assign=True)
+        vocabulary = Vocabulary(content["vocabulary"]) if "vocabulary" in content else vocabulary
     except Exception as error:  # parts that are missing, of the wrong type or of the wrong shape
-        raise ModelFileError(f"{path}: not a model that training.py has saved") from error
-    if not all(weight.dtype == torch.float32 and weight.isfinite().all() for weight in weights.values()):
-        raise ModelFileError(f"{path}: its weights are not finite float32 numbers; train it again")
-    if vocabulary is None or len(vocabulary) != config["vocab_size"]:
-        raise ModelFileError(f"{path}: its vocabulary does not fit its weights")
-    return model.to(device).eval(), vocabulary
+        raise ModelFileError(f"{path}: not the weights of a GPTLanguageModel") from error
+    if vocabulary is None:
+        raise ModelFileError(
+            f"{path}: holds no vocabulary; name the vocab.txt that it was trained with: -vocab vocab.txt"
+        )
+    if len(vocabulary) != config["vocab_size"]:
+        raise ModelFileError(
+            f"{path}: knows {config['vocab_size']} characters and its vocabulary has {len(vocabulary)}; "
+            "name the vocab.txt that it was trained with: -vocab vocab.txt"
+        )
+    return model.eval(), vocabulary
 
 
-def check_size(config: dict, weights: dict) -> None:
-    """Refuse a shape that would take more memory than the file's weights justify. Raises ValueError."""
-    block_size = len(weights["position_embedding_table.weight"])
-    if config["block_size"] != block_size or config["n_layer"] * config["n_head"] > len(weights):
-        raise ValueError("the shape does not fit the weights")
+# The tutorial's files are pickles of whole modules, which Python would run as a program. Here, what is read is checked
+# to be plain first, and every name in it is looked up in a table of the few that such a file needs.
+
+
+def check_pickle(file: BinaryIO) -> None:
+    """Read the instructions of one pickle, following none. Raises ValueError for what no model needs.
+
+    That is, for a container that occurs more than once: in 200 bytes such can be nested to 2^40 items, on which any
+    hash or error message hangs. Only strings and names are repeated in models.
+    """
+    kinds, previous = [], ""
+    for instruction, argument, _ in pickletools.genops(file):
+        kind = instruction.name
+        if kind == "MEMOIZE" or kind.endswith("PUT"):
+            if argument not in (None, len(kinds)):
+                raise ValueError("objects remembered out of order")
+            kinds.append(previous)
+        elif kind.endswith("GET"):
+            kind = kinds[int(argument)]
+            if not kind.endswith(("UNICODE", "GLOBAL")):
+                raise ValueError("an object that occurs more than once")
+        elif kind == "DUP":
+            raise ValueError("an object that occurs more than once")
+        previous = kind
+
+
+class Shell:
+    """Stands for any module of a file: holds its attributes and does nothing."""
+
+
+class ModuleUnpickler(pickle.Unpickler):
+    """Builds shells, tensors and plain data. Raises UnpicklingError for every name that is not in its table."""
+
+    def find_class(self, module: str, name: str):
+        if (module, name) not in NAMES:
+            raise pickle.UnpicklingError(f"the name {module}.{name}")
+        return NAMES[module, name]
+
+    def persistent_load(self, identity: tuple) -> tuple:
+        return identity
+
+
+def read_storage(data: bytes) -> torch.Tensor:
+    """A storage in torch's format from before 1.6: five pickles, then the count of its numbers and the numbers.
+
+    Raises one of many exceptions for anything but float32.
+    """
+    file = io.BytesIO(data)
+    _magic, _version, _system, storage, _keys = [unpickle(file) for _ in range(5)]
+    (count,) = struct.unpack("<q", file.read(8))
+    if storage[1] != "float32" or count * 4 != len(data) - file.tell():
+        raise ValueError("a storage of another kind or size")
+    return torch.frombuffer(bytearray(file.read()), dtype=torch.float32)
+
+
+NAMES = {
+    ("torch", "FloatStorage"): "float32",
+    ("torch.storage", "_load_from_bytes"): read_storage,
+    ("torch._utils", "_rebuild_tensor_v2"): lambda flat, start, size, stride, *_: flat.as_strided(size, stride, start),
+    ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
+    ("collections", "OrderedDict"): dict,
+    ("builtins", "set"): set,
+    ("__builtin__", "set"): set,  # so called before protocol 3, which also writes bytes as text
+    ("_codecs", "encode"): lambda text, _: text.encode("latin1"),
+    ("__main__", "Head"): Shell,
+    ("__main__", "MultiHeadAttention"): Shell,
+    ("__main__", "FeedFoward"): Shell,
+    ("__main__", "FeedForward"): Shell,
+    ("__main__", "Block"): Shell,
+    ("__main__", "GPTLanguageModel"): Shell,
+    ("torch.nn.modules.container", "ModuleList"): Shell,
+    ("torch.nn.modules.container", "Sequential"): Shell,
+    ("torch.nn.modules.sparse", "Embedding"): Shell,
+    ("torch.nn.modules.linear", "Linear"): Shell,
+    ("torch.nn.modules.normalization", "LayerNorm"): Shell,
+    ("torch.nn.modules.activation", "ReLU"): Shell,
+    ("torch.nn.modules.dropout", "Dropout"): Shell,
+}
+
+
+def unpickle(file: BinaryIO):
+    """The data in a pickle. Raises one of many exceptions if it is no plain data, module or tensor."""
+    start = file.tell()
+    check_pickle(file)
+    file.seek(start)
+    return ModuleUnpickler(file).load()
+
+
+def read_module(file: BinaryIO) -> dict[str, torch.Tensor]:
+    """The weights of the module in a pickle, by their names. Raises one of many exceptions for anything else."""
+    weights = {}
+
+    def visit(module: Shell, prefix: str) -> None:
+        attributes = vars(module)
+        for name, weight in attributes["_parameters"].items():
+            if weight is not None:
+                weights[prefix + name] = weight
+        for name, child in attributes["_modules"].items():
+            visit(child, f"{prefix}{name}.")
+
+    file.seek(0)
+    visit(unpickle(file), "")
+    return weights
 
 
 # What training.py and chatbot.py share of their command lines

@@ -2,25 +2,52 @@
 
 The texts are memory-mapped, never read whole: a step draws random places in the training text, takes `block_size` + 1
 characters from each, and asks the model to predict every character from those before it.
+
+Beside the best model a run keeps `model-01.state.pkl`, from which `-resume` goes on as if nothing had happened, and
+`model-01.metrics.csv`, a line for each evaluation.
 """
 
 import argparse
+import csv
+import importlib.util
+import io
 import math
 import mmap
 import os
 import signal
 import sys
+import time
 from codecs import utf_8_decode
+from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from model import GPTLanguageModel, Vocabulary, choose_device, number, replacing, save_model
+from model import (
+    MAX_BLOCK_SIZE,
+    GPTLanguageModel,
+    ModelFileError,
+    Vocabulary,
+    build_model,
+    choose_device,
+    default_dtype,
+    load_model,
+    number,
+    read_model_file,
+    replacing,
+    save_model,
+)
 
 BETAS = (0.9, 0.95)
 STEP, EVALUATION = 0, 1  # what rows of text are drawn for
+CHUNK = 2**24  # bytes
+ADAMW_SHARE = 0.15  # AdamW's learning rate beside Muon, as a share of Muon's
+LEARNING_RATES = {"adamw": 3e-3, "muon": 0.02}
+RISING = 5  # evaluations without a better one until the run says so
 
 
 class TrainingError(Exception):
@@ -62,19 +89,36 @@ class Text:
             offsets[inside] = random.integers(0, self.last_start, np.count_nonzero(inside), endpoint=True)
         return offsets
 
-    def rows(self, offsets: np.ndarray) -> np.ndarray:
-        """Token ids (len(offsets), block_size + 1) of the texts that begin at these bytes. Raises TrainingError."""
-        texts = []
+    def windows(self) -> tuple[np.ndarray, int]:
+        """The whole text in rows that share only one character: byte offsets, and the length of the last row.
+
+        So every character but the very first is predicted exactly once.
+        """
+        block_size = self.row_length - 1
+        found, count = [], 0
+        for start in range(0, self.size, CHUNK):
+            characters = np.flatnonzero(~is_continuation(self.array[start : start + CHUNK]))
+            found.append(start + characters[-count % block_size :: block_size])
+            count += len(characters)
+        windows = -(-(count - 1) // block_size)  # a last character alone predicts nothing
+        return np.concatenate(found)[:windows], count - (windows - 1) * block_size
+
+    def rows(self, offsets: np.ndarray, length: int | None = None) -> np.ndarray:
+        """Token ids (len(offsets), length) of the texts that begin at these bytes; a row has block_size + 1 by default.
+
+        Raises TrainingError if that is not UTF-8, or not in the vocabulary.
+        """
+        texts, length = [], length or self.row_length
         for offset in offsets.tolist():
             try:  # decodes whole characters and leaves out the one that may be torn at the end
-                text, _ = utf_8_decode(self.bytes[offset : offset + 4 * self.row_length], "strict", False)
+                text, _ = utf_8_decode(self.bytes[offset : offset + 4 * length], "strict", False)
             except UnicodeDecodeError as error:
                 raise TrainingError(f"{self.path}: not UTF-8 text at byte {offset + error.start}") from error
-            if len(text) < self.row_length:
+            if len(text) < length:
                 raise TrainingError(f"{self.path}: ends inside a character; it was cut short")
-            texts.append(text[: self.row_length])
+            texts.append(text[:length])
         code_points = np.frombuffer("".join(texts).encode("utf-32-le"), dtype=np.uint32)
-        ids = self.ids[code_points].reshape(len(offsets), self.row_length)
+        ids = self.ids[code_points].reshape(len(offsets), length)
         if ids.min() < 0:
             row, column = np.argwhere(ids < 0)[0]
             offset = int(offsets[row]) + len(texts[row][:column].encode())
@@ -107,41 +151,306 @@ def learning_rate_at(step: int, args: argparse.Namespace) -> float:
     return args.min_lr + (args.learning_rate - args.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def make_optimizer(model: GPTLanguageModel, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019), with weight decay on matrices only: biases and norms have no need of it."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, betas=BETAS, fused=True)
+class Muon(torch.optim.Muon):
+    """torch's Muon for the matrices inside the blocks: a step turns each of them equally far in all directions.
+
+    Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks".
+    """
+
+    def __init__(self, model: GPTLanguageModel, weight_decay: float):
+        self.heads = [
+            [getattr(head, part).weight for head in block.sa.heads]
+            for block in model.blocks
+            for part in ("query", "key", "value")
+        ]
+        self.joined = [torch.nn.Parameter(torch.cat(weights)) for weights in self.heads]
+        for joined, weights in zip(self.joined, self.heads):
+            for weight, rows in zip(weights, joined.data.chunk(len(weights))):
+                weight.data = rows
+        self.taken = {p for p in model.blocks.parameters() if p.dim() == 2}
+        alone = self.taken.difference(*self.heads)
+        super().__init__([*self.joined, *(p for p in model.parameters() if p in alone)], weight_decay=weight_decay)
+        fast = default_dtype(model.lm_head.weight.device)
+        self.precision = nullcontext() if fast == torch.bfloat16 else Float32()
+
+    def step(self) -> None:
+        for joined, weights in zip(self.joined, self.heads):
+            joined.grad = torch.cat([weight.grad for weight in weights])
+        with self.precision:
+            super().step()
+
+
+class Float32(TorchFunctionMode):
+    """Within it, nothing is cast to bfloat16, as torch's Muon does: 100 times slower on a CPU without units for it."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return args[0].clone() if function is torch.Tensor.bfloat16 else function(*args, **(kwargs or {}))
+
+
+def make_optimizers(model: GPTLanguageModel, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
+    """AdamW (Loshchilov and Hutter 2019) for everything, or for what Muon leaves: embeddings, norms, biases, head.
+
+    Only matrices decay: biases and norms have no need of it.
+    """
+    optimizers = [Muon(model, args.weight_decay)] if args.optimizer == "muon" else []
+    taken = {p for optimizer in optimizers for p in optimizer.taken}
+    others = [p for p in model.parameters() if p not in taken]
+    share = ADAMW_SHARE if optimizers else 1.0  # of the learning rate
+    groups = [
+        {"params": [p for p in others if p.dim() >= 2], "weight_decay": args.weight_decay, "share": share},
+        {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0, "share": share},
+    ]
+    return [*optimizers, torch.optim.AdamW(groups, betas=BETAS, fused=True)]
 
 
 def train_step(
-    model: GPTLanguageModel, optimizer: torch.optim.Optimizer, text: Text, step: int, args: argparse.Namespace
+    model: GPTLanguageModel,
+    optimizers: list[torch.optim.Optimizer],
+    text: Text,
+    step: int,
+    args: argparse.Namespace,
 ) -> torch.Tensor:
     """Learn from the rows of one step; return their loss, still on its device."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate_at(step, args)
     x, y = get_batch(text, args.batch_size, [args.seed, step, STEP], args.device)
     with torch.autocast(args.device.type, args.dtype, enabled=args.dtype != torch.float32):
         _, loss = model(x, y)
-    optimizer.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
-    optimizer.step()
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, args) * group.get("share", 1.0)
+        optimizer.step()
     return loss.detach()
 
 
+# Evaluating ----------------------------------------------------------------------------------------------------------
+
+
+Batches = list[tuple[np.ndarray, int]]  # byte offsets of rows, and the length of these rows
+
+
+def evaluation_batches(text: Text, limit: int, count: int, args: argparse.Namespace) -> tuple[Batches, bool]:
+    """The rows to evaluate on, and whether they are the whole text, which they are if it has at most `limit` rows.
+
+    Else they are `count` rows from anywhere in it, the same ones every time.
+    """
+    tail = []
+    whole = text.size <= 4 * args.block_size * limit and len(text.windows()[0]) <= limit
+    if whole:
+        offsets, length = text.windows()
+        offsets, tail = offsets[:-1], [(offsets[-1:], length)]
+    else:
+        offsets = text.draw_offsets(count, [args.seed, 0, EVALUATION])
+    starts = range(0, len(offsets), args.batch_size)
+    return [(offsets[i : i + args.batch_size], args.block_size + 1) for i in starts] + tail, whole
+
+
 @torch.no_grad()
-def estimate_loss(model: GPTLanguageModel, text: Text, args: argparse.Namespace) -> float:
-    """Mean loss over `eval_iters` batches, the same ones each time so that evaluations can be compared."""
+def mean_loss(
+    model: GPTLanguageModel,
+    text: Text,
+    batches: Batches,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> float:
+    """Mean cross-entropy in nats per character over the rows of all batches, in eval mode."""
+    was_training = model.training
     model.eval()
-    losses = []
-    for i in range(args.eval_iters):
-        x, y = get_batch(text, args.batch_size, [args.seed, i, EVALUATION], args.device)
-        with torch.autocast(args.device.type, args.dtype, enabled=args.dtype != torch.float32):
-            losses.append(model(x, y)[1])
-    model.train()
-    return torch.stack(losses).mean().item()
+    total = torch.zeros((), device=device)
+    for offsets, length in batches:
+        rows = torch.from_numpy(text.rows(offsets, length)).to(device)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            _, loss = model(rows[:, :-1], rows[:, 1:])
+        total += loss * rows[:, 1:].numel()
+    model.train(was_training)
+    return total.item() / sum(len(offsets) * (length - 1) for offsets, length in batches)
+
+
+def sample_lines(model: GPTLanguageModel, vocabulary: Vocabulary, args: argparse.Namespace) -> list[str]:
+    """Two lines of what the model writes now, always with the same luck, so that they can be compared."""
+    generator = torch.Generator(args.device).manual_seed(args.seed)
+    start = torch.tensor([[vocabulary.ids.get("\n", 0)]], device=args.device)
+    text = vocabulary.decode(model.generate(start, 160, temperature=0.8, generator=generator)[0, 1:].tolist())
+    lines = [line[i : i + 80] for line in text.splitlines() for i in range(0, len(line), 80) if line.strip()]
+    return ["".join(c if c.isprintable() else " " for c in line) for line in lines[:2]]
+
+
+class Metrics:
+    """A line for each evaluation, in a CSV file that is whole at any time."""
+
+    COLUMNS = ("step", "train_loss", "val_loss", "learning_rate", "tokens", "seconds")
+
+    def __init__(self, path: Path, resumed_step: int = 0):
+        """Keep what the file already holds of the run up to `resumed_step`. Raises OSError."""
+        self.path, self.rows = path, []
+        if resumed_step and path.exists():
+            with open(path, encoding="utf-8", newline="") as file:
+                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= resumed_step]
+
+    def add(self, *values: float) -> None:
+        self.rows.append(dict(zip(self.COLUMNS, values, strict=True)))
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self.COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        with replacing(self.path) as file:
+            file.write(text.getvalue().encode())
+
+    def draw(self, path: Path) -> None:
+        """Draw both losses over the steps. Needs matplotlib; raises OSError."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        axes = figure.subplots()
+        steps = [int(row["step"]) for row in self.rows]
+        for column, label in (("train_loss", "training text"), ("val_loss", "validation text")):
+            axes.plot(steps, [float(row[column]) for row in self.rows], marker=".", label=label)
+        axes.set(xlabel="step", ylabel="loss (nats per character)", title=self.path.name.removesuffix(".metrics.csv"))
+        axes.grid(alpha=0.3)
+        axes.legend()
+        with replacing(path) as file:
+            figure.savefig(file, format=path.suffix[1:], dpi=150)
+
+
+# A run ---------------------------------------------------------------------------------------------------------------
+
+
+def beside(model: Path, ending: str) -> Path:
+    """model-01.pkl, ".state.pkl" -> model-01.state.pkl"""
+    return model.with_name(model.stem + ending)
+
+
+class Run:
+    """A model in training: its optimizers and texts, how far it has come, and the files that it keeps."""
+
+    def __init__(self, args: argparse.Namespace, model: GPTLanguageModel, vocabulary: Vocabulary):
+        self.args, self.model, self.vocabulary = args, model, vocabulary
+        self.train_text, self.val_text = (
+            Text(args.data_dir / name, vocabulary, args.block_size) for name in ("output_train.txt", "output_val.txt")
+        )
+        # A row costs a third in evaluation of what it costs in training, so this is at most 4 % of the steps.
+        limit = int(0.12 * min(args.eval_interval, args.max_iters) * args.batch_size)
+        count = args.eval_iters * args.batch_size
+        self.train_batches, _ = evaluation_batches(self.train_text, 0, count, args)
+        self.val_batches, _ = evaluation_batches(self.val_text, limit, count, args)
+        self.optimizers = make_optimizers(model, args)
+        self.step, self.seconds = 0, 0.0
+        self.best, self.best_step, self.stale = math.inf, 0, 0  # stale: evaluations since the best one
+        self.metrics = Metrics(beside(args.model, ".metrics.csv"))
+
+    def state(self) -> dict:
+        """All that a resumed run needs beyond the model."""
+        cuda = {"cuda_rng": torch.cuda.get_rng_state(self.args.device)} if self.args.device.type == "cuda" else {}
+        return {
+            "arguments": self.args.settings,
+            "texts": [self.train_text.size, self.val_text.size],
+            "progress": [self.step, self.seconds, self.best, self.best_step, self.stale],
+            "optimizers": [optimizer.state_dict()["state"] for optimizer in self.optimizers],
+            "rng": torch.get_rng_state(),
+            **cuda,
+        }
+
+    def restore(self, state: dict) -> None:
+        """Go back to a saved state. Raises TrainingError if the texts have changed since, or it does not fit."""
+        source = beside(self.args.model, ".state.pkl")
+        try:
+            texts_changed = state["texts"] != [self.train_text.size, self.val_text.size]
+            self._restore(state)
+        except Exception as error:  # parts that are missing, of the wrong type or of the wrong shape
+            raise ModelFileError(f"{source}: does not hold a run to go on with") from error
+        if texts_changed:
+            raise TrainingError(f"{self.args.data_dir}: the texts are not those that {source} began with; start anew")
+
+    def _restore(self, state: dict) -> None:
+        self.step, self.seconds, self.best, self.best_step, self.stale = state["progress"]
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": saved})
+            for parameter, values in optimizer.state.items():
+                if any(value.shape not in (parameter.shape, ()) for value in values.values()):
+                    raise ValueError("the state of the optimizer does not fit the model")
+        torch.set_rng_state(state["rng"])
+        if "cuda_rng" in state and self.args.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"], self.args.device)
+        if not self.args.model.exists():
+            self.best = math.inf
+        self.metrics = Metrics(self.metrics.path, self.step)
+
+    def save_state(self) -> None:
+        save_model(beside(self.args.model, ".state.pkl"), self.model, self.vocabulary, training=self.state())
+
+    def train(self, interruption: "Interruption") -> None:
+        """Run the training loop to its end, to an interruption or to the end of its patience."""
+        args, patience = self.args, self.args.patience or math.inf
+        tokens = args.batch_size * args.block_size
+        started = time.monotonic() - self.seconds
+        self.model.train()
+        bar = {"unit": "tok", "unit_scale": True, "dynamic_ncols": True, "mininterval": 0.5}
+        with tqdm(total=args.max_iters * tokens, initial=self.step * tokens, **bar) as bar:
+            while self.step < args.max_iters and self.stale < patience and not interruption.signal:
+                loss = train_step(self.model, self.optimizers, self.train_text, self.step, args)
+                self.step += 1
+                self.seconds = time.monotonic() - started
+                bar.set_description(f"step {self.step}/{args.max_iters}", refresh=False)
+                if bar.update(tokens):  # reading the loss waits for the device, so do it only when the bar is drawn
+                    bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+                evaluating = self.step % args.eval_interval == 0 or self.step == args.max_iters
+                if evaluating:
+                    bar.write(self.evaluate(), file=sys.stdout)
+                    sys.stdout.flush()
+                if evaluating or self.step % args.save_interval == 0:
+                    self.check(loss.item())
+                    self.save_state()
+        if interruption.signal:
+            self.save_state()
+
+    def check(self, loss: float) -> None:
+        """Raise TrainingError if the loss is no longer a number."""
+        if not math.isfinite(loss):
+            kept = f"; the best model so far is in {self.args.model}" if self.best < math.inf else ""
+            raise TrainingError(
+                f"the loss is {loss} after step {self.step}, at learning rate "
+                f"{learning_rate_at(self.step - 1, self.args):.2g}; "
+                f"try a lower -learning_rate or a longer -warmup_iters{kept}"
+            )
+
+    def evaluate(self) -> str:
+        """Save the model if it is the best so far; return the lines to show."""
+        args = self.args
+        train_loss = mean_loss(self.model, self.train_text, self.train_batches, args.device, args.dtype)
+        val_loss = mean_loss(self.model, self.val_text, self.val_batches, args.device, args.dtype)
+        self.check(val_loss)
+        line = f"step {self.step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}"
+        self.stale += 1
+        if val_loss < self.best:
+            save_model(args.model, self.model, self.vocabulary)
+            self.best, self.best_step, self.stale = val_loss, self.step, 0
+            line += f", saved {args.model}"
+        rate, tokens = learning_rate_at(self.step - 1, args), self.step * args.batch_size * args.block_size
+        self.metrics.add(self.step, f"{train_loss:.6f}", f"{val_loss:.6f}", rate, tokens, f"{self.seconds:.1f}")
+        if args.plot:
+            self.metrics.draw(args.plot)
+        lines = [line, *(f"    {sampled}" for sampled in sample_lines(self.model, self.vocabulary, args))]
+        if self.stale == RISING:
+            lines.append(
+                f"the validation loss has been above that of step {self.best_step} for {RISING} evaluations: the model "
+                "learns the training text by heart. More text or a higher -dropout helps; -patience N stops such a run"
+            )
+        return "\n".join(lines)
+
+    def report(self) -> None:
+        """Show the best model's loss over the whole validation text, or as much as takes 3 % of the run."""
+        args = self.args
+        limit = max(1, args.max_iters * args.batch_size // 10)
+        batches, whole = evaluation_batches(self.val_text, limit, limit, args)
+        model, _ = load_model(args.model, args.device)
+        loss = mean_loss(model, self.val_text, batches, args.device)
+        characters = self.val_text.size * (1 - is_continuation(self.val_text.array[:CHUNK]).mean())
+        part = "the whole" if whole else f"{limit * args.block_size / characters:.2%} of the"
+        print(
+            f"best model, of step {self.best_step}: {loss:.4f} nats = {loss / math.log(2):.3f} bits per character over "
+            f"{part} validation text, in {args.model}; talk to it: python chatbot.py{model_flag(args)}"
+        )
 
 
 class Interruption:
@@ -161,70 +470,13 @@ class Interruption:
             signal.signal(signal_number, handler)
 
 
-class Saver:
-    """Keeps the best model of a run in a file, and the model that stood there before the run beside it."""
-
-    def __init__(self, path: Path, vocabulary: Vocabulary):
-        self.path, self.vocabulary, self.best = path, vocabulary, math.inf
-        self.old = path.with_name(f"{path.stem}.old{path.suffix}")
-
-    def offer(self, model: GPTLanguageModel, loss: float) -> bool:
-        """Save the model if its validation loss is the best so far, and say whether it was."""
-        if loss >= self.best:
-            return False
-        if self.best == math.inf and self.path.exists():
-            with replacing(self.old) as file:
-                file.write(self.path.read_bytes())
-            tqdm.write(f"the earlier {self.path} is kept as {self.old}", file=sys.stderr)
-        save_model(self.path, model, self.vocabulary)
-        self.best = loss
-        return True
-
-
-def evaluate(
-    model: GPTLanguageModel, train_text: Text, val_text: Text, step: int, saver: Saver, args: argparse.Namespace
-) -> str:
-    """Offer the model to the saver; return the line to show. Raises TrainingError if the loss is no longer a number."""
-    train_loss, val_loss = (estimate_loss(model, text, args) for text in (train_text, val_text))
-    if not math.isfinite(val_loss):
-        kept = f"; the best model so far is in {args.model}" if saver.best < math.inf else ""
-        raise TrainingError(
-            f"the loss is {val_loss} after step {step}, at learning rate {learning_rate_at(step - 1, args):.2g}; "
-            f"try a lower -learning_rate or a longer -warmup_iters{kept}"
-        )
-    note = f", saved {args.model}" if saver.offer(model, val_loss) else ""
-    return f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}{note}"
-
-
-def train(
-    model: GPTLanguageModel,
-    train_text: Text,
-    val_text: Text,
-    saver: Saver,
-    interruption: Interruption,
-    args: argparse.Namespace,
-) -> None:
-    """Run the training loop to its end or to an interruption."""
-    optimizer = make_optimizer(model, args.weight_decay)
-    tokens = args.batch_size * args.block_size
-    model.train()
-    with tqdm(total=args.max_iters * tokens, unit="tok", unit_scale=True, dynamic_ncols=True, mininterval=0.5) as bar:
-        for step in range(1, args.max_iters + 1):
-            loss = train_step(model, optimizer, train_text, step - 1, args)
-            bar.set_description(f"step {step}/{args.max_iters}", refresh=False)
-            if bar.update(tokens):  # reading the loss waits for the device, so do it only when the bar is drawn
-                bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
-            if step % args.eval_interval == 0 or step == args.max_iters or interruption.signal:
-                bar.write(evaluate(model, train_text, val_text, step, saver, args), file=sys.stdout)
-                sys.stdout.flush()
-            if interruption.signal:
-                return
-
-
 # The command ---------------------------------------------------------------------------------------------------------
 
+FREE = ("model", "data_dir", "device", "save_interval", "plot", "resume")  # they don't change what is learnt
+SHAPE = ("n_embd", "n_head", "n_layer", "block_size")
 
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -236,13 +488,20 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.add_argument(f"-{name}", f"--{name}", **options)
 
     flag("batch_size", type=number(int, 1), default=32, help="sequences per optimizer step")
-    flag("block_size", type=number(int, 1), default=128, help="characters that the model sees at once")
+    flag(
+        "block_size",
+        type=number(int, 1, below=MAX_BLOCK_SIZE + 1),
+        default=128,
+        help="characters that the model sees at once",
+    )
     flag("max_iters", type=number(int, 1), default=500, help="optimizer steps")
-    flag("learning_rate", type=number(float, 0), default=2e-3, help="highest learning rate, after the warm-up")
+    flag("optimizer", choices=("adamw", "muon"), default="adamw", help="muon learns more per step, for the blocks")
+    rates = " and ".join(f"{rate} with {optimizer}" for optimizer, rate in LEARNING_RATES.items())
+    flag("learning_rate", type=number(float, 0), help=f"highest learning rate, after the warm-up; without it, {rates}")
     flag("min_lr", type=number(float, 0), help="learning rate at the end; without it, a tenth of -learning_rate")
     warmup = "steps in which the learning rate rises from 0; without it, 150 or at most a third of -max_iters"
     flag("warmup_iters", type=number(int, 0), help=warmup)
-    flag("weight_decay", type=number(float, 0), default=0.1, help="AdamW's weight decay, on matrices only")
+    flag("weight_decay", type=number(float, 0), default=0.1, help="weight decay, on matrices only")
     flag("grad_clip", type=number(float, 0), default=1.0, help="longest gradient (norm over all weights); 0: any")
     flag("n_embd", type=number(int, 1), default=384, help="numbers per character inside the model")
     flag("n_head", type=number(int, 1), default=4, help="attention heads per layer")
@@ -250,14 +509,60 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     flag("dropout", type=number(float, 0, below=1), default=0.2, help="share of numbers dropped in training")
     flag("eval_interval", type=number(int, 1), default=100, help="steps from one evaluation to the next")
     flag("eval_iters", type=number(int, 1), default=8, help="batches per evaluation and text")
+    flag("patience", type=number(int, 1), help="stop after so many evaluations without a better one; without it, never")
+    flag("save_interval", type=number(int, 1), default=100, help="steps from one saved state to the next")
     flag("seed", type=number(int, 0, below=2**63), default=1337, help="decides initial weights, rows and dropout")
     flag("device", help="cpu, cuda, cuda:1, ...; without it, cuda if there is one, else cpu")
     flag("dtype", choices=("float32", "bfloat16"), help="for multiplications; without it, what is fast here")
     flag("data_dir", type=Path, default=Path("."), help="folder with output_train.txt, output_val.txt and vocab.txt")
     flag("model", type=Path, default=Path("model-01.pkl"), help="file for the trained model")
-    args = parser.parse_args(arguments)
+    flag("resume", action="store_true", help="go on with the run whose state is beside -model, with its settings")
+    flag("init_from", type=Path, help="start from the weights and shape of this model file, not from random ones")
+    flag("vocab", type=Path, help="vocab.txt of the -init_from model, if that file holds none")
+    flag("plot", type=Path, help="draw the losses into this .png, .svg or .pdf file; needs matplotlib")
+    return parser
+
+
+def parse_again(
+    parser: argparse.ArgumentParser, arguments: list[str] | None, settled: dict, fixed: Iterable[str], source: Path
+) -> argparse.Namespace:
+    """Parse with values in place of the defaults. A flag that contradicts one of the fixed ones ends the program."""
+    args = parser.parse_args(arguments, argparse.Namespace(**settled))
+    for name in sorted(fixed):
+        if getattr(args, name) != settled[name]:
+            value = "no value" if settled[name] is None else settled[name]
+            parser.error(
+                f"argument -{name}: {getattr(args, name)} contradicts {source}, which has {value}; leave it out"
+            )
+    return args
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The settings; with them `args.start`, the model and vocabulary of the file that a run starts from, or None.
+
+    Raises OSError and ModelFileError for that file.
+    """
+    parser = make_parser()
+    args, start, state = parser.parse_args(arguments), None, None
+    if args.resume:
+        source = beside(args.model, ".state.pkl")
+        content = read_model_file(source)
+        start, state = build_model(content, source), content.get("training")
+        args = parse_resumed(parser, arguments, args.model, state, source)
+    elif args.init_from:
+        start = load_model(args.init_from, vocabulary=Vocabulary.from_file(args.vocab) if args.vocab else None)
+        args = parse_again(parser, arguments, start[0].config, SHAPE, args.init_from)
+    elif args.vocab:
+        parser.error("argument -vocab: goes with -init_from only; training takes the vocab.txt in -data_dir")
     if args.n_embd % args.n_head:
         parser.error(f"argument -n_embd: {args.n_embd} is not a multiple of -n_head {args.n_head}")
+    if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):
+        parser.error(f"argument -plot: {args.plot} does not end in .png, .svg or .pdf")
+    if args.learning_rate is None:
+        args.learning_rate = LEARNING_RATES[args.optimizer]
+    unsaved = {"model", "resume", "vocab_size"}
+    args.settings = [f"-{k}={v}" for k, v in vars(args).items() if k not in unsaved and v is not None]
+    args.start, args.state = start, state
     choose_device(parser, args)
     if args.min_lr is None:
         args.min_lr = args.learning_rate / 10
@@ -266,50 +571,107 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def parse_resumed(
+    parser: argparse.ArgumentParser, arguments: list[str] | None, model: Path, state: dict, source: Path
+) -> argparse.Namespace:
+    """The settings of the saved run, with those that the user may change. Raises ModelFileError."""
+    try:
+        saved = vars(parser.parse_args(state["arguments"]))
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ModelFileError(f"{source}: does not hold a run to go on with") from error
+    fixed = saved.keys() - {*FREE, "max_iters"}
+    args = parse_again(parser, arguments, {**saved, "model": model, "resume": True}, fixed, source)
+    if args.max_iters < saved["max_iters"]:
+        parser.error(f"argument -max_iters: {source} has {saved['max_iters']}, which may only grow")
+    if args.max_iters > saved["max_iters"]:
+        print(f"the learning rate now follows a schedule of {args.max_iters} steps", file=sys.stderr)
+    return args
+
+
+def starting_model(args: argparse.Namespace) -> tuple[GPTLanguageModel, Vocabulary]:
+    """The model of a resumed run, or a new one, with the weights of `-init_from` where it has any."""
+    if args.resume:
+        return args.start
+    vocabulary = Vocabulary.from_file(args.data_dir / "vocab.txt")
+    if args.start:
+        old_model, old_vocabulary = args.start
+        vocabulary = Vocabulary(old_vocabulary.characters + vocabulary.characters)
+    shape = {name: getattr(args, name) for name in SHAPE}
+    model = GPTLanguageModel(len(vocabulary), dropout=args.dropout, **shape)
+    if args.start:
+        old_rows = torch.tensor([vocabulary.ids[character] for character in old_vocabulary.characters])
+        weights, old_weights = model.state_dict(), old_model.state_dict()
+        for name, weight in weights.items():
+            if name.startswith(("token_embedding_table", "lm_head")):  # a row for each character
+                weight[old_rows] = old_weights[name]
+            else:
+                weight.copy_(old_weights[name])
+    return model, vocabulary
+
+
+def model_flag(args: argparse.Namespace) -> str:
+    return "" if args.model == Path("model-01.pkl") else f" -model {args.model}"
+
+
 def run(args: argparse.Namespace, interruption: Interruption) -> int:
     if args.model.is_dir() or not args.model.parent.is_dir():
         raise TrainingError(f"{args.model}: -model must name a file in a folder that exists")
-    vocabulary = Vocabulary.from_file(args.data_dir / "vocab.txt")
-    if not len(vocabulary):
-        raise TrainingError(f"{args.data_dir / 'vocab.txt'}: holds no characters; run data_extract.py again")
-    train_text, val_text = (
-        Text(args.data_dir / name, vocabulary, args.block_size) for name in ("output_train.txt", "output_val.txt")
-    )
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        print("no picture will be drawn: -plot needs matplotlib, pip install matplotlib", file=sys.stderr)
+        args.plot = None
     torch.manual_seed(args.seed)
-    model = GPTLanguageModel(len(vocabulary), args.n_embd, args.n_head, args.n_layer, args.block_size, args.dropout).to(
-        args.device
-    )
+    model, vocabulary = starting_model(args)
+    training = Run(args, model.to(args.device), vocabulary)
     threads = f", {torch.get_num_threads()} threads" if args.device.type == "cpu" else ""
+    megabytes = [text.size / 1e6 for text in (training.train_text, training.val_text)]
     print(f"device      {args.device}{threads}, {str(args.dtype).removeprefix('torch.')}")
     print(f"model       {sum(p.numel() for p in model.parameters()):,} parameters")
     print(f"vocabulary  {len(vocabulary):,} characters")
-    print(f"text        {train_text.size / 1e6:,.2f} MB to train on, {val_text.size / 1e6:,.2f} MB to validate with")
-    print(
-        f"step        {args.batch_size} x {args.block_size} = {args.batch_size * args.block_size:,} tokens", flush=True
-    )
-    saver = Saver(args.model, vocabulary)
-    train(model, train_text, val_text, saver, interruption, args)
+    print(f"text        {megabytes[0]:,.2f} MB to train on, {megabytes[1]:,.2f} MB to validate with")
+    print(f"step        {args.batch_size} x {args.block_size} = {args.batch_size * args.block_size:,} tokens")
+    print(f"optimizer   {args.optimizer}, learning rate {args.learning_rate:g}", flush=True)
+    if args.resume:
+        training.restore(args.state)
+        end = "; a higher -max_iters goes on" if training.step >= args.max_iters else ""
+        print(f"resumed     after step {training.step} of {args.max_iters}{end}", flush=True)
+    else:
+        keep_old(args.model)
+    training.train(interruption)
     if interruption.signal:
-        print(f"training.py: interrupted; the model is in {args.model}", file=sys.stderr)
+        print(
+            f"training.py: interrupted after step {training.step}; to go on: python training.py -resume"
+            f"{model_flag(args)}",
+            file=sys.stderr,
+        )
         return 128 + interruption.signal
-    model_flag = "" if args.model == Path("model-01.pkl") else f" -model {args.model}"
-    print(f"best validation loss {saver.best:.4f}, in {args.model}; talk to it: python chatbot.py{model_flag}")
+    training.report()
     return 0
 
 
+def keep_old(model: Path) -> None:
+    """Copy the model of an earlier run, which this one is going to replace."""
+    if model.exists():
+        old = beside(model, f".old{model.suffix}")
+        with replacing(old) as file:
+            file.write(model.read_bytes())
+        print(f"the earlier {model} is kept as {old}", file=sys.stderr)
+
+
 def main() -> int:
-    args = parse_args()
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not fit the encoding
     try:
+        args = parse_args()
         with Interruption() as interruption:
             return run(args, interruption)
-    except TrainingError as error:
+    except (TrainingError, ModelFileError) as error:
         print(f"training.py: {error}", file=sys.stderr)
     except OSError as error:
-        hint = "; run data_extract.py first, or name its -data_dir" if isinstance(error, FileNotFoundError) else ""
-        print(f"training.py: {error.filename or 'standard output'}: {error.strerror}{hint}", file=sys.stderr)
-    except UnicodeDecodeError:
-        print(f"training.py: {args.data_dir / 'vocab.txt'}: not UTF-8 text; run data_extract.py again", file=sys.stderr)
+        name, hint = str(error.filename or "standard output"), ""
+        if isinstance(error, FileNotFoundError) and name.endswith(".txt"):
+            hint = "; run data_extract.py first, or name its -data_dir"
+        if isinstance(error, FileNotFoundError) and name.endswith(".state.pkl"):
+            hint = "; there is no run to go on with, start one without -resume"
+        print(f"training.py: {name}: {error.strerror}{hint}", file=sys.stderr)
     except (MemoryError, RuntimeError) as error:
         if "memory" not in str(error):
             raise
