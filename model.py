@@ -216,8 +216,8 @@ class Block(nn.Module):
 class GPTLanguageModel(nn.Module):
     """A decoder-only Transformer: for every time step, a score for each character of the vocabulary to come next.
 
-    `config` holds the constructor's arguments. Raises ValueError for sizes below 1, a block_size above MAX_BLOCK_SIZE and
-    an n_embd that n_head does not divide.
+    `config` holds the constructor's arguments. Raises ValueError for sizes below 1, a block_size above MAX_BLOCK_SIZE
+    and an n_embd that n_head does not divide.
     """
 
     def __init__(

@@ -363,12 +363,17 @@ class Run:
             raise TrainingError(f"{self.args.data_dir}: the texts are not those that {source} began with; start anew")
 
     def _restore(self, state: dict) -> None:
-        self.step, self.seconds, self.best, self.best_step, self.stale = state["progress"]
+        step, seconds, best, best_step, stale = state["progress"]
+        self.step, self.seconds, self.best = int(step), float(seconds), float(best)
+        self.best_step, self.stale = int(best_step), int(stale)
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            for values in saved.values():
+                if values.keys() not in ({"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"}):
+                    raise ValueError("not the state of an optimizer")
             optimizer.load_state_dict({**optimizer.state_dict(), "state": saved})
             for parameter, values in optimizer.state.items():
                 if any(value.shape not in (parameter.shape, ()) for value in values.values()):
-                    raise ValueError("the state of the optimizer does not fit the model")
+                    raise ValueError("the state of another optimizer or model")
         torch.set_rng_state(state["rng"])
         if "cuda_rng" in state and self.args.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"], self.args.device)
@@ -427,7 +432,7 @@ class Run:
             self.best, self.best_step, self.stale = val_loss, self.step, 0
             line += f", saved {args.model}"
         rate, tokens = learning_rate_at(self.step - 1, args), self.step * args.batch_size * args.block_size
-        self.metrics.add(self.step, f"{train_loss:.6f}", f"{val_loss:.6f}", rate, tokens, f"{self.seconds:.1f}")
+        self.metrics.add(self.step, f"{train_loss:.6f}", f"{val_loss:.6f}", rate, tokens, f"{self.seconds:.3f}")
         if args.plot:
             self.metrics.draw(args.plot)
         lines = [line, *(f"    {sampled}" for sampled in sample_lines(self.model, self.vocabulary, args))]
@@ -649,12 +654,15 @@ def run(args: argparse.Namespace, interruption: Interruption) -> int:
 
 
 def keep_old(model: Path) -> None:
-    """Copy the model of an earlier run, which this one is going to replace."""
+    """Put the files of an earlier run aside; its model also stays where it is, until this run saves one."""
+    old = beside(model, f".old{model.suffix}")
     if model.exists():
-        old = beside(model, f".old{model.suffix}")
         with replacing(old) as file:
             file.write(model.read_bytes())
         print(f"the earlier {model} is kept as {old}", file=sys.stderr)
+    for ending in (".state.pkl", ".metrics.csv"):
+        if beside(model, ending).exists():
+            os.replace(beside(model, ending), beside(old, ending))
 
 
 def main() -> int:

@@ -16,7 +16,7 @@ def popen_options(name: str, args: tuple, cwd: Path) -> dict:
     return {
         "args": [sys.executable, str(ROOT / name), *map(str, args)],
         "cwd": cwd,
-        "env": {**os.environ, "PYTHONIOENCODING": "utf-8"},
+        "env": {**os.environ, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"},  # fast enough for tiny models
         "encoding": "utf-8",
         "stdout": subprocess.PIPE,
         "stderr": subprocess.PIPE,

@@ -1,10 +1,13 @@
 """training.py: rows drawn from memory-mapped text, the recipe, and runs as a person starts and stops them."""
 
+import csv
 import math
 import random
 import re
+import shlex
 import signal
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +15,11 @@ import pytest
 import torch
 
 import training
-from model import GPTLanguageModel, Vocabulary, load_model
+from model import GPTLanguageModel, ModelFileError, Vocabulary, load_model, read_model_file, save_model
 
 SCRIPTS = "Plain text, Привет мир, γειά, 中文字符, नमस्ते, שלום, “quoted” – é🙂🚀\n"
+CPU = torch.device("cpu")
+ADDMM = torch.addmm
 TINY = ["-batch_size=4", "-block_size=8", "-n_embd=16", "-n_head=2", "-n_layer=1", "-eval_iters=2", "-device=cpu"]
 
 
@@ -117,11 +122,60 @@ def test_text_that_is_not_utf8_is_named(tmp_path, data, place):
         text.rows(np.arange(text.last_start + 1))
 
 
-# The recipe
+# Evaluating
 
 
 def args(*flags):
     return training.parse_args([*TINY, *map(str, flags)])
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 7, 64])
+def test_windows_predict_every_character_but_the_first_once(tmp_path, monkeypatch, block_size):
+    monkeypatch.setattr(training, "CHUNK", 10)  # so that chunks end inside windows and inside characters
+    vocabulary = Vocabulary(SCRIPTS)
+    for length in range(block_size + 1, block_size + 70):
+        content = shuffled_text(2)[:length]
+        text = open_text(write_texts(tmp_path, content, vocabulary=SCRIPTS), block_size)
+        batches, whole = training.evaluation_batches(text, 70, 1, args("-batch_size", 3, "-block_size", block_size))
+        rows = [row.tolist() for offsets, row_length in batches for row in text.rows(offsets, row_length)]
+        assert whole and all(len(row) == block_size + 1 for row in rows[:-1])
+        assert vocabulary.decode([rows[0][0], *(i for row in rows for i in row[1:])]) == content
+
+
+def test_the_loss_of_a_whole_text_is_the_mean_over_its_characters(tmp_path):
+    content = shuffled_text(3)[:101]
+    text = open_text(write_texts(tmp_path, content), 8)
+    vocabulary = Vocabulary.from_file(tmp_path / "vocab.txt")
+    model = GPTLanguageModel(len(vocabulary), 16, 2, 1, 8)
+    torch.nn.init.normal_(model.lm_head.weight)  # so that characters differ in their loss
+    batches, whole = training.evaluation_batches(text, 13, 1, args("-batch_size", 3))
+    losses, ids = [], vocabulary.encode(content)
+    model.eval()
+    for i in range(1, 101):
+        start = (i - 1) // 8 * 8
+        logits, _ = model(torch.tensor([ids[start:i]]))
+        losses.append(-logits[0, -1].log_softmax(0)[ids[i]].item())
+    assert whole
+    assert training.mean_loss(model, text, batches, CPU) == pytest.approx(np.mean(losses), abs=1e-5)
+
+
+def test_a_text_too_long_to_evaluate_whole_is_seen_at_fixed_places(texts):
+    text = open_text(texts, 8)
+    first, second = (training.evaluation_batches(text, 10, 30, args()) for _ in range(2))
+    assert not first[1] and sum(len(offsets) for offsets, _ in first[0]) == 30
+    assert all(np.array_equal(a, b) and length == 9 for (a, length), (b, _) in zip(first[0], second[0]))
+    assert training.evaluation_batches(text, 575, 30, args())[1]  # 4600 characters are 575 windows
+
+
+def test_evaluation_leaves_the_model_as_it_was(texts):
+    text = open_text(texts, 8)
+    model = GPTLanguageModel(len(Vocabulary.from_file(texts / "vocab.txt")), 16, 2, 1, 8).train()
+    batches, _ = training.evaluation_batches(text, 0, 16, args())
+    first, second = (training.mean_loss(model, text, batches, CPU) for _ in range(2))
+    assert first == second and model.training
+
+
+# The recipe
 
 
 def test_learning_rate_rises_linearly_and_falls_as_a_cosine():
@@ -135,23 +189,56 @@ def test_the_ends_of_the_schedule_follow_from_the_other_flags():
     recipe = args("-learning_rate", 0.5, "-max_iters", 60)
     assert (recipe.min_lr, recipe.warmup_iters) == (0.05, 20)
     assert args("-max_iters", 10_000).warmup_iters == 150
+    assert args("-optimizer", "muon").learning_rate > args().learning_rate
 
 
 def test_only_matrices_are_decayed():
     model = GPTLanguageModel(7, n_embd=8, n_head=2, n_layer=1, block_size=4)
-    decays = {
-        p: group["weight_decay"] for group in training.make_optimizer(model, 0.3).param_groups for p in group["params"]
-    }
+    (optimizer,) = training.make_optimizers(model, args("-weight_decay", 0.3))
+    decays = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         assert decays[parameter] == (0.3 if parameter.dim() == 2 else 0.0), name
     assert len(decays) == len(list(model.parameters()))
 
 
-def test_evaluation_repeats_and_leaves_the_model_training(texts):
-    text = open_text(texts, 8)
-    model = GPTLanguageModel(len(Vocabulary.from_file(texts / "vocab.txt")), 16, 2, 1, 8).train()
-    first, second = (training.estimate_loss(model, text, args()) for _ in range(2))
-    assert first == second and model.training
+def test_muon_gets_the_matrices_inside_the_blocks_and_adamw_the_rest():
+    model = GPTLanguageModel(7, n_embd=8, n_head=2, n_layer=3, block_size=4)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    muon, adamw = training.make_optimizers(model, args("-optimizer", "muon", "-weight_decay", 0))
+    muon.step()
+    for name, parameter in model.named_parameters():
+        assert parameter.equal(before[name]) == (parameter.dim() < 2 or not name.startswith("blocks.")), name
+    model.load_state_dict(before)
+    adamw.step()
+    for name, parameter in model.named_parameters():
+        assert parameter.equal(before[name]) == (parameter.dim() == 2 and name.startswith("blocks.")), name
+
+
+def test_muon_turns_the_heads_of_a_layer_together():
+    model = GPTLanguageModel(7, n_embd=16, n_head=2, n_layer=1, block_size=4)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    heads = [head.value.weight for head in model.blocks[0].sa.heads]
+    joined = torch.nn.Parameter(torch.cat(heads))
+    joined.grad = torch.cat([weight.grad for weight in heads])
+    torch.optim.Muon([joined], weight_decay=0.1).step()
+    muon, _ = training.make_optimizers(model, args("-optimizer", "muon", "-weight_decay", 0.1))
+    muon.param_groups[0]["lr"] = 1e-3  # torch's default
+    muon.step()
+    torch.testing.assert_close(torch.cat(heads), joined, atol=1e-5, rtol=0)
+
+
+def test_muon_works_in_float32_where_bfloat16_is_slow(monkeypatch):
+    seen = []
+    monkeypatch.setattr(training, "default_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(torch, "addmm", lambda *args, **kwargs: seen.append(args[0].dtype) or ADDMM(*args, **kwargs))
+    model = GPTLanguageModel(7, n_embd=16, n_head=2, n_layer=1, block_size=4)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    training.make_optimizers(model, args("-optimizer", "muon"))[0].step()
+    assert seen and set(seen) == {torch.float32}
 
 
 # Runs
@@ -173,9 +260,9 @@ def evaluations(output: str) -> list[tuple[int, float, bool]]:
 
 
 def test_a_run_reports_what_it_does_and_keeps_the_best_model(texts, capsys):
-    assert run_in(texts, "-max_iters", 25, "-eval_interval", 10) == 0
+    assert run_in(texts, "-max_iters", 25, "-eval_interval", 10, "-batch_size", 64, "-dtype", "float32") == 0
     output = capsys.readouterr().out
-    for expected in ("cpu", "parameters", "vocabulary  11 characters", "0.00 MB to validate", "4 x 8 = 32 tokens"):
+    for expected in ("cpu", "parameters", "vocabulary  11 characters", "0.00 MB to validate", "64 x 8 = 512 tokens"):
         assert expected in output
     lines = evaluations(output)
     assert [step for step, _, _ in lines] == [10, 20, 25]  # the last step is always evaluated
@@ -183,7 +270,12 @@ def test_a_run_reports_what_it_does_and_keeps_the_best_model(texts, capsys):
     for _, loss, saved in lines:
         assert saved == (loss < best)
         best = min(best, loss)
-    assert f"best validation loss {best:.4f}" in output and "python chatbot.py" in output
+    end = output.splitlines()[-1]
+    nats, bits = map(
+        float, re.search(r"([\d.]+) nats = ([\d.]+) bits per character over the whole valid", end).groups()
+    )
+    assert nats == pytest.approx(best, abs=2e-4) and bits == pytest.approx(nats / math.log(2), abs=1e-3)
+    assert "python chatbot.py" in end
     model, vocabulary = load_model(texts / "model-01.pkl")
     assert model.config["n_embd"] == 16 and vocabulary.characters == "\n acehmnost"
 
@@ -232,19 +324,379 @@ def test_both_precisions_train_and_save_float32_weights(texts, capsys, dtype):
     assert load_model(texts / "model-01.pkl")[0].lm_head.weight.dtype == torch.float32
 
 
+def test_two_lines_of_the_models_own_text_follow_each_evaluation(texts, capsys):
+    run_in(texts, "-max_iters", 4, "-eval_interval", 2)
+    lines = capsys.readouterr().out.splitlines()
+    for i in (i for i, line in enumerate(lines) if line.startswith("step ") and "loss" in line):
+        assert all(line.startswith("    ") and 4 < len(line) <= 84 for line in lines[i + 1 : i + 3])
+
+
+def other_text(folder: Path) -> Path:
+    """Validation text of the same characters as the training text, which nothing learnt from the latter predicts."""
+    return write_texts(
+        folder, "the cat sat on the mat\n" * 200, "".join(random.Random(1).choices("\n acehmnost", k=500))
+    )
+
+
+OVERFITTING = ["-learning_rate", 0.03, "-warmup_iters", 1, "-min_lr", 0.03, "-eval_interval", 5, "-dropout", 0]
+
+
+def test_a_rising_validation_loss_is_said_once(texts, capsys):
+    run_in(other_text(texts), *OVERFITTING, "-max_iters", 60)
+    output = capsys.readouterr().out
+    losses = [loss for _, loss, _ in evaluations(output)]
+    best_step = 5 * (1 + losses.index(min(losses)))
+    assert len(losses) == 12
+    (line,) = re.findall("the validation loss has been above .*", output)
+    assert f"that of step {best_step} " in line and "-patience" in line
+    assert f"best model, of step {best_step}" in output
+
+
+def test_patience_stops_a_run(texts, capsys):
+    assert run_in(other_text(texts), *OVERFITTING, "-max_iters", 200, "-patience", 3) == 0
+    output = capsys.readouterr().out
+    steps, losses, _ = zip(*evaluations(output))
+    assert len(losses) == losses.index(min(losses)) + 1 + 3 and steps[-1] < 200
+    assert "best model, of step" in output
+
+
+# Metrics
+
+
+def metrics(folder: Path) -> list[dict]:
+    with open(folder / "model-01.metrics.csv", encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_evaluation_is_a_row_of_metrics(texts, capsys):
+    run_in(texts, "-max_iters", 25, "-eval_interval", 10, "-learning_rate", 0.5, "-min_lr", 0.1)
+    rows = metrics(texts)
+    assert list(rows[0]) == ["step", "train_loss", "val_loss", "learning_rate", "tokens", "seconds"]
+    assert [int(row["step"]) for row in rows] == [10, 20, 25]
+    assert [int(row["tokens"]) for row in rows] == [320, 640, 800]
+    shown = re.findall(r"^step \d+: train loss ([\d.]+), val loss ([\d.]+)", capsys.readouterr().out, re.MULTILINE)
+    assert [(f"{float(row['train_loss']):.4f}", f"{float(row['val_loss']):.4f}") for row in rows] == shown
+    rates = [float(row["learning_rate"]) for row in rows]
+    assert 0.5 > rates[0] > rates[1] > rates[2] > 0.1
+    assert 0 < float(rows[0]["seconds"]) <= float(rows[2]["seconds"])
+
+
+def test_a_plot_is_drawn(texts, capsys):
+    pytest.importorskip("matplotlib")
+    run_in(texts, "-max_iters", 4, "-eval_interval", 2, "-plot", texts / "loss.png")
+    assert (texts / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_a_plot_is_a_notice(texts, monkeypatch, capsys):
+    monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)
+    assert run_in(texts, "-max_iters", 2, "-plot", texts / "loss.png") == 0
+    assert "pip install matplotlib" in capsys.readouterr().err and not (texts / "loss.png").exists()
+
+
+# Starting from a trained model
+
+
+@pytest.fixture
+def old_model(tmp_path):
+    """A model of the characters "abc", in a file."""
+    model = GPTLanguageModel(3, n_embd=16, n_head=2, n_layer=1, block_size=8)
+    save_model(tmp_path / "old.pkl", model, Vocabulary("abc"))
+    return model
+
+
+def test_fine_tuning_keeps_what_is_known_and_grows_the_vocabulary(tmp_path, old_model):
+    write_texts(tmp_path, "dcaé" * 20)
+    start = args("-data_dir", tmp_path, "-init_from", tmp_path / "old.pkl")
+    model, vocabulary = training.starting_model(start)
+    assert vocabulary.characters == "\nabcdé"
+    known, new = [1, 2, 3], [0, 4, 5]
+    for name, weight in model.state_dict().items():
+        old = old_model.state_dict()[name]
+        if name.startswith(("token_embedding_table", "lm_head")):
+            assert weight[known].equal(old) and len(weight) == 6, name
+        else:
+            assert weight.equal(old), name
+    for table in (model.token_embedding_table, model.lm_head):
+        assert 0.01 < table.weight[new].std() < 0.04  # as initialised
+
+
+def test_fine_tuning_takes_the_shape_of_the_file(texts, old_model, capsys):
+    shape = ["-n_embd=16", "-n_head=2", "-n_layer=1", "-block_size=8"]
+    flags = ["-data_dir", str(texts), "-init_from", str(texts / "old.pkl")]
+    settings = training.parse_args(flags)
+    assert [getattr(settings, name) for name in ("n_embd", "n_head", "n_layer", "block_size")] == [16, 2, 1, 8]
+    assert training.parse_args([*flags, *shape]).n_embd == 16
+    for flag in ("-n_embd=32", "-n_head=4", "-n_layer=2", "-block_size=9"):
+        with pytest.raises(SystemExit) as end:
+            training.parse_args([*flags, flag])
+        name, _, value = flag.partition("=")
+        assert end.value.code == 2 and f"argument {name}: {value} contradicts" in capsys.readouterr().err
+
+
+def test_fine_tuning_learns_faster_than_a_fresh_start(texts, capsys):
+    run_in(texts, "-max_iters", 100, "-eval_interval", 100, "-learning_rate", 0.02, "-warmup_iters", 5)
+    (texts / "model-01.pkl").rename(texts / "old.pkl")
+    for more in ([], ["-init_from", texts / "old.pkl"]):
+        run_in(texts, "-max_iters", 5, "-learning_rate", 1e-4, *more)
+    (_, trained, _), (_, fresh, _), (_, tuned, _) = evaluations(capsys.readouterr().out)
+    assert abs(tuned - trained) < 0.1 < fresh - tuned
+
+
+# Interrupting and going on
+
+
+def everything_after(folder: Path) -> tuple:
+    """All that a run leaves, less the seconds."""
+    state = read_model_file(folder / "model-01.state.pkl")
+    training_state = state.pop("training")
+    training_state["progress"][1] = 0
+    rows = [{name: value for name, value in row.items() if name != "seconds"} for row in metrics(folder)]
+    return read_model_file(folder / "model-01.pkl"), state, training_state, rows
+
+
+def assert_same(a, b):
+    if isinstance(a, torch.Tensor):
+        assert a.equal(b)
+    elif isinstance(a, (dict, list, tuple)):
+        assert len(a) == len(b)
+        for key in a if isinstance(a, dict) else range(len(a)):
+            assert_same(a[key], b[key])
+    else:
+        assert a == b
+
+
+def interrupt_after(monkeypatch, step: int) -> None:
+    """Let Ctrl-C come in the middle of a step."""
+    train_step = training.train_step
+
+    def interrupted(model, optimizers, text, current, args):
+        if current + 1 == step:
+            signal.raise_signal(signal.SIGINT)
+        return train_step(model, optimizers, text, current, args)
+
+    monkeypatch.setattr(training, "train_step", interrupted)
+
+
+LONG = ["-max_iters", 30, "-eval_interval", 10, "-save_interval", 7, "-dropout", 0.2]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("step", [1, 13, 20])
+def test_a_resumed_run_ends_as_if_never_interrupted(texts, monkeypatch, capsys, optimizer, step):
+    run_in(texts, *LONG, "-optimizer", optimizer)
+    undisturbed = everything_after(texts)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, step)
+        assert run_in(texts, *LONG, "-optimizer", optimizer) == 130
+    captured = capsys.readouterr()
+    assert f"interrupted after step {step}; to go on: python training.py -resume" in captured.err
+    resume = ["-data_dir", str(texts), "-model", str(texts / "model-01.pkl"), "-device", "cpu", "-resume"]
+    assert go_on(resume) == 0
+    assert f"after step {step} of 30" in capsys.readouterr().out
+    assert_same(everything_after(texts), undisturbed)
+
+
+def go_on(flags: list) -> int:
+    with training.Interruption() as interruption:
+        return training.run(training.parse_args([*map(str, flags)]), interruption)
+
+
+def test_a_resumed_run_may_become_longer(texts, capsys):
+    run_in(texts, "-max_iters", 10, "-eval_interval", 5)
+    resume = ["-data_dir", texts, "-model", texts / "model-01.pkl", "-resume"]
+    assert go_on([*resume, "-max_iters", 20]) == 0
+    assert "a schedule of 20 steps" in capsys.readouterr().err
+    rows = metrics(texts)
+    assert [int(row["step"]) for row in rows] == [5, 10, 15, 20]
+    longer = args("-max_iters", 20)
+    assert float(rows[2]["learning_rate"]) == pytest.approx(training.learning_rate_at(14, longer))
+    with pytest.raises(SystemExit):
+        go_on([*resume, "-max_iters", 15])
+    assert "-max_iters: " in capsys.readouterr().err
+    assert go_on(resume) == 0  # now at its end: only reports
+    assert "a higher -max_iters goes on" in capsys.readouterr().out
+
+
+def test_rows_of_metrics_after_the_saved_state_are_dropped(texts, monkeypatch, capsys):
+    run_in(texts, *LONG)
+    whole = metrics(texts)
+    state = training.Run.save_state
+
+    def killed(self):
+        if self.step == 20:  # evaluated, but not saved
+            raise KeyboardInterrupt
+        state(self)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training.Run, "save_state", killed)
+        run_in(texts, *LONG)
+    assert [row["step"] for row in metrics(texts)] == ["10", "20"]
+    assert go_on(["-data_dir", texts, "-model", texts / "model-01.pkl", "-resume"]) == 0
+    assert "after step 14 of 30" in capsys.readouterr().out
+    assert [row["val_loss"] for row in metrics(texts)] == [row["val_loss"] for row in whole]
+
+
+def test_a_new_run_puts_the_old_ones_files_aside(texts, capsys):
+    run_in(texts, "-max_iters", 3)
+    first = everything_after(texts)
+    run_in(texts, "-max_iters", 6, "-seed", 2)
+    assert go_on(["-data_dir", texts, "-model", texts / "model-01.old.pkl", "-resume", "-max_iters", 4]) == 0
+    assert len(read_model_file(texts / "model-01.pkl")["weights"]) == len(first[0]["weights"])
+    assert (texts / "model-01.old.metrics.csv").exists()
+
+
+CONTRADICTIONS = [
+    ["-batch_size=5"],
+    ["-block_size=9"],
+    ["-learning_rate=0.5"],
+    ["-optimizer=muon"],
+    ["-seed=2"],
+    ["-dropout=0"],
+    ["-n_layer=2"],
+    ["-eval_interval=9"],
+    ["-dtype=float64"],
+    ["-max_iters=1"],
+    ["-init_from=model-01.pkl"],
+]
+
+
+@pytest.mark.parametrize("flags", CONTRADICTIONS, ids=lambda flags: flags[0])
+def test_a_flag_that_contradicts_the_saved_run_is_named(texts, capsys, flags):
+    run_in(texts, "-max_iters", 2, "-dropout", 0.1)
+    with pytest.raises(SystemExit) as end:
+        go_on(["-data_dir", texts, "-model", texts / "model-01.pkl", "-resume", *flags])
+    errors = capsys.readouterr().err
+    assert end.value.code == 2 and f"argument {flags[0].partition('=')[0]}" in errors.splitlines()[-1]
+
+
+def test_flags_that_repeat_the_saved_run_are_welcome(texts, capsys):
+    run_in(texts, "-max_iters", 2)
+    assert go_on([*TINY, "-data_dir", texts, "-model", texts / "model-01.pkl", "-resume", "-max_iters", 3]) == 0
+
+
+def first(optimizer_state: dict) -> dict:
+    return optimizer_state["optimizers"][0][0]
+
+
+DAMAGES = {
+    "training is a number": lambda content: content.update(training=3),
+    "arguments are numbers": lambda content: content["training"].update(arguments=[1, 2]),
+    "no progress": lambda content: content["training"].pop("progress"),
+    "progress of text": lambda content: content["training"].update(progress=["a"] * 5),
+    "no optimizer": lambda content: content["training"].update(optimizers=[]),
+    "an optimizer of lists": lambda content: content["training"].update(optimizers=[[1]]),
+    "other names": lambda content: first(content["training"]).update(nonsense=torch.zeros(1)),
+    "other shapes": lambda content: first(content["training"]).update(exp_avg=torch.zeros(99)),
+    "numbers for tensors": lambda content: first(content["training"]).update(exp_avg=1.0),
+    "rng of text": lambda content: content["training"].update(rng="dice"),
+    "rng too short": lambda content: content["training"].update(rng=torch.zeros(3, dtype=torch.uint8)),
+    "no training": lambda content: content.pop("training"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_a_damaged_state_is_a_sentence(texts, damage):
+    run_in(texts, "-max_iters", 2)
+    path = texts / "model-01.state.pkl"
+    content = read_model_file(path)
+    damage(content)
+    torch.save(content, path)
+    with pytest.raises(ModelFileError, match=r"model-01.state.pkl: does not hold a run to go on with"):
+        go_on(["-data_dir", texts, "-model", texts / "model-01.pkl", "-resume", "-max_iters", 4])
+
+
+def test_a_run_does_not_go_on_with_other_texts(texts):
+    run_in(texts, "-max_iters", 2)
+    write_texts(texts, "the cat sat on the mat\n" * 201, "the mat sat on the cat\n" * 20)
+    with pytest.raises(training.TrainingError, match="the texts are not those"):
+        go_on(["-data_dir", texts, "-model", texts / "model-01.pkl", "-resume"])
+
+
+def wait_for(process, text: str) -> None:
+    shown = ""
+    while text not in shown:
+        shown += process.stderr.read(1) or pytest.fail(shown)
+
+
+ENDLESS = [*TINY, "-max_iters", 10**6, "-eval_interval", 10**6]
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals to send")
-def test_an_interrupted_run_leaves_a_usable_model(texts, start_script, number, status):
-    run = start_script("training.py", *TINY, "-max_iters", 10**6, "-eval_interval", 10**6, cwd=texts)
-    shown = ""
-    while "loss" not in shown:  # the progress bar, once it has drawn a few steps
-        shown += run.stderr.read(1) or pytest.fail(shown)
+def test_an_interrupted_run_prints_the_command_that_goes_on(texts, start_script, number, status):
+    run = start_script("training.py", *ENDLESS, "-model", "mine.pkl", cwd=texts)
+    wait_for(run, "loss")  # the progress bar, once it has drawn a few steps
     run.send_signal(number)
     _, errors = run.communicate(timeout=60)
-    assert run.returncode == status
-    assert "interrupted; the model is in model-01.pkl" in errors and "Traceback" not in errors
-    model, vocabulary = load_model(texts / "model-01.pkl")
+    assert run.returncode == status and "Traceback" not in errors
+    step, command = re.search(r"interrupted after step (\d+); to go on: python (.*)", errors).groups()
+    run = start_script(*shlex.split(command), cwd=texts)
+    wait_for(run, "loss")
+    run.send_signal(number)
+    output, _ = run.communicate(timeout=60)
+    assert f"after step {step} of 1000000" in output
+    model, vocabulary = load_model(texts / "mine.state.pkl")  # can be talked to before the first evaluation
     assert len(vocabulary) == model.config["vocab_size"] == 11
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals to send")
+def test_a_second_interrupt_ends_at_once(texts, start_script):
+    shape = ["-n_embd=512", "-n_layer=8", "-block_size=256", "-batch_size=256", "-device=cpu"]  # a step takes long
+    write_texts(texts, "the cat sat on the mat\n" * 200)
+    run = start_script("training.py", *shape, cwd=texts)
+    wait_for(run, "0%")
+    for _ in range(2):
+        time.sleep(1)
+        run.send_signal(signal.SIGINT)
+    _, errors = run.communicate(timeout=10)
+    assert run.returncode == 130 and "Traceback" not in errors
+    assert not (texts / "model-01.state.pkl").exists()
+
+
+def kill_and_go_on(folder: Path, kills: int, start_script, flags: list) -> list[int]:
+    """Kill a run at random moments, going on after each, until it ends; the steps at which it went on."""
+    chance, resumed = random.Random(kills), []
+    run = start_script("training.py", *flags, cwd=folder)
+    for _ in range(kills):
+        while not (folder / "model-01.state.pkl").exists():  # before that there is nothing to go on with
+            time.sleep(0.01)
+            assert run.poll() is None
+        wait_for(run, "loss")
+        time.sleep(chance.uniform(0, 0.5))
+        run.kill()
+        output, _ = run.communicate()
+        resumed += map(int, re.findall(r"after step (\d+) of", output))
+        run = start_script("training.py", "-resume", cwd=folder)
+    output, errors = run.communicate(timeout=120)
+    assert run.returncode == 0, errors
+    return resumed + [int(step) for step in re.findall(r"after step (\d+) of", output)]
+
+
+def check_kills(texts, start_script, run_script, kills: int, steps: int) -> list[int]:
+    flags = [*TINY, "-max_iters", steps, "-eval_interval", 20, "-save_interval", 2]  # most of the time is saving
+    disturbed, undisturbed = texts / "disturbed", texts / "undisturbed"
+    for folder in (disturbed, undisturbed):
+        folder.mkdir()
+        write_texts(folder, "the cat sat on the mat\n" * 200, "the mat sat on the cat\n" * 20)
+    assert run_script("training.py", *flags, cwd=undisturbed).returncode == 0
+    resumed = kill_and_go_on(disturbed, kills, start_script, flags)
+    assert len(resumed) == kills and resumed == sorted(resumed)
+    assert_same(everything_after(disturbed), everything_after(undisturbed))
+    litter = {path.name for path in disturbed.iterdir()} - {path.name for path in undisturbed.iterdir()}
+    assert not litter
+    return resumed
+
+
+def test_a_killed_run_goes_on_to_the_same_end(texts, start_script, run_script):
+    check_kills(texts, start_script, run_script, kills=2, steps=800)
+
+
+@pytest.mark.soak
+def test_a_run_killed_20_times_goes_on_to_the_same_end(texts, start_script, run_script):
+    print("went on after steps", check_kills(texts, start_script, run_script, kills=20, steps=8000))
+
+
+# Bad input
 
 
 @pytest.mark.parametrize(
