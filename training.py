@@ -45,7 +45,7 @@ from model import (
 BETAS = (0.9, 0.95)
 STEP, EVALUATION = 0, 1  # what rows of text are drawn for
 CHUNK = 2**24  # bytes
-ADAMW_SHARE = 0.15  # AdamW's learning rate beside Muon, as a share of Muon's
+ADAMW_SHARE = 0.075  # AdamW's learning rate beside Muon, as a share of Muon's
 LEARNING_RATES = {"adamw": 3e-3, "muon": 0.02}
 RISING = 5  # evaluations without a better one until the run says so
 
@@ -503,7 +503,7 @@ def make_parser() -> argparse.ArgumentParser:
     flag("optimizer", choices=("adamw", "muon"), default="adamw", help="muon learns more per step, for the blocks")
     rates = " and ".join(f"{rate} with {optimizer}" for optimizer, rate in LEARNING_RATES.items())
     flag("learning_rate", type=number(float, 0), help=f"highest learning rate, after the warm-up; without it, {rates}")
-    flag("min_lr", type=number(float, 0), help="learning rate at the end; without it, a tenth of -learning_rate")
+    flag("min_lr", type=number(float, 0), help="learning rate at the end; without it, 0 with muon, a tenth with adamw")
     warmup = "steps in which the learning rate rises from 0; without it, 150 or at most a third of -max_iters"
     flag("warmup_iters", type=number(int, 0), help=warmup)
     flag("weight_decay", type=number(float, 0), default=0.1, help="weight decay, on matrices only")
@@ -570,7 +570,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     args.start, args.state = start, state
     choose_device(parser, args)
     if args.min_lr is None:
-        args.min_lr = args.learning_rate / 10
+        args.min_lr = 0.0 if args.optimizer == "muon" else args.learning_rate / 10
     if args.warmup_iters is None:
         args.warmup_iters = min(150, args.max_iters // 3)
     return args

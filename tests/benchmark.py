@@ -2,6 +2,7 @@
 
     python tests/benchmark.py              all rows, one table, in a few minutes
     python tests/benchmark.py -only step   one row
+    python tests/benchmark.py -only learning -data_dir shakespeare    on another text
 
 Both sides of a row run in turn, A B A B ..., in this one process, so that a machine whose speed drifts still gives a
 fair ratio. Figures are medians; the ratio is the median of the pairs' ratios, with the lowest and the highest.
@@ -35,8 +36,9 @@ from model import GPTLanguageModel, Vocabulary, default_dtype, save_model  # noq
 
 SHAPES = {
     "default": ({"vocab_size": 100, "n_embd": 384, "block_size": 128, "dropout": 0.2}, 32),
-    "small": ({"vocab_size": 65, "n_embd": 128, "block_size": 64, "dropout": 0.0}, 12),
+    "small": ({"vocab_size": 100, "n_embd": 128, "block_size": 64, "dropout": 0.0}, 12),
 }
+TARGET = 1.898  # which nanoGPT reaches on tiny Shakespeare in the small shape after its 2000 steps
 CPU = torch.device("cpu")
 
 
@@ -75,16 +77,16 @@ def matmul_rate(dtype: torch.dtype) -> float:
     return max(rates)
 
 
-def our_step(shape: str, dtype: torch.dtype, folder: Path) -> tuple[Callable, GPTLanguageModel]:
+def our_step(shape: str, dtype: torch.dtype, optimizer: str, folder: Path) -> tuple[Callable, GPTLanguageModel]:
     """One step of training.py: batch, forward, backward, clipping and optimizer."""
     config, batch_size = SHAPES[shape]
-    args = training.parse_args(["-device", "cpu", "-batch_size", str(batch_size)])
+    args = training.parse_args(["-device", "cpu", "-batch_size", str(batch_size), "-optimizer", optimizer])
     args.dtype = dtype
     model = GPTLanguageModel(**config).train()
-    optimizer = training.make_optimizer(model, args.weight_decay)
+    optimizers = training.make_optimizers(model, args)
     text = training.Text(folder / "output_train.txt", Vocabulary.from_file(folder / "vocab.txt"), config["block_size"])
     steps = iter(range(10**9))
-    return lambda: training.train_step(model, optimizer, text, next(steps), args).item(), model
+    return lambda: training.train_step(model, optimizers, text, next(steps), args).item(), model
 
 
 def plain_step(shape: str) -> Callable:
@@ -108,27 +110,30 @@ def plain_step(shape: str) -> Callable:
     return step
 
 
-def measure_step(name: str, shape: str, dtype: torch.dtype, folder: Path, pairs: int) -> None:
-    step, model = our_step(shape, dtype, folder)
+def measure_step(shape: str, dtype: torch.dtype, optimizer: str, folder: Path, pairs: int) -> None:
+    step, model = our_step(shape, dtype, optimizer, folder)
     rate = matmul_rate(dtype)
     mine, other, ratios = in_turn(step, plain_step(shape), pairs)
     rate = max(rate, matmul_rate(dtype))
     config, batch_size = SHAPES[shape]
     flops = 6 * sum(p.numel() for p in model.parameters()) * batch_size * config["block_size"] / mine
     share = f"{flops / 1e9:.0f} GFLOP/s, {flops / rate:.0%} of the {rate / 1e9:.0f} of a matmul"
+    name = f"training step, {shape} shape, {name_of(dtype)}, {optimizer}"
     row(name, f"{mine * 1e3:.1f} ms", f"{other * 1e3:.1f} ms", spread(ratios), share)
 
 
 def step(folder: Path) -> None:
-    measure_step(f"training step, default shape, {name_of(FAST)}", "default", FAST, folder, pairs=7)
+    for optimizer in training.LEARNING_RATES:
+        measure_step("default", FAST, optimizer, folder, pairs=7)
 
 
 def step_float32(folder: Path) -> None:
-    measure_step("training step, default shape, float32", "default", torch.float32, folder, pairs=5)
+    measure_step("default", torch.float32, "adamw", folder, pairs=5)
 
 
 def step_small(folder: Path) -> None:
-    measure_step(f"training step, small shape, {name_of(FAST)}", "small", FAST, folder, pairs=40)
+    for optimizer in training.LEARNING_RATES:
+        measure_step("small", FAST, optimizer, folder, pairs=40)
 
 
 def batch(folder: Path) -> None:
@@ -144,6 +149,46 @@ def batch(folder: Path) -> None:
 
     mine, other, ratios = in_turn(lambda: training.get_batch(text, 32, [1, next(steps), 0], CPU), from_encoded, 500)
     row("batch of 32 x 128 from the text", f"{mine * 1e3:.3f} ms", f"{other * 1e3:.3f} ms", spread(ratios), "encoded")
+
+
+# Learning ------------------------------------------------------------------------------------------------------------
+
+
+def learn(folder: Path, optimizer: str, max_iters: int) -> tuple[float, float, float]:
+    """Train the small shape on a schedule of this length.
+
+    Gives the loss on the whole validation text, the seconds for training and those for evaluating.
+    """
+    config, batch_size = SHAPES["small"]
+    shape = {"block_size": config["block_size"], "n_embd": config["n_embd"], "batch_size": batch_size, "dropout": 0}
+    flags = {**shape, "optimizer": optimizer, "max_iters": max_iters, "data_dir": folder, "device": "cpu"}
+    args = training.parse_args([f"-{name}={value}" for name, value in flags.items()])
+    torch.manual_seed(args.seed)
+    model, vocabulary = training.starting_model(args)
+    train_text, val_text = (
+        training.Text(folder / name, vocabulary, args.block_size) for name in ("output_train.txt", "output_val.txt")
+    )
+    optimizers = training.make_optimizers(model, args)
+
+    def train():
+        for step in range(max_iters):
+            training.train_step(model, optimizers, train_text, step, args)
+
+    trained = seconds(train)
+    whole, _ = training.evaluation_batches(val_text, val_text.size, 0, args)
+    start = time.perf_counter()
+    return training.mean_loss(model, val_text, whole, CPU), trained, time.perf_counter() - start
+
+
+def learning(folder: Path) -> None:
+    """Steps and seconds to the target loss, on the shortest of these schedules that gets there."""
+    for optimizer in training.LEARNING_RATES:
+        for max_iters in (250, 350, 500, 700, 1000, 1400, 2000):
+            loss, trained, told = learn(folder, optimizer, max_iters)
+            if loss <= TARGET:
+                break
+        name = f"loss {TARGET}, small shape, {optimizer}"
+        row(name, f"{max_iters} steps, {trained:.1f} s", "", "", f"ends at {loss:.4f}, evaluated in {told:.1f} s")
 
 
 # Generating ----------------------------------------------------------------------------------------------------------
@@ -237,7 +282,7 @@ def extract(folder: Path) -> None:
 
 ROWS = {
     function.__name__: function
-    for function in (step, step_float32, step_small, generate, generate16, batch, startup, extract)
+    for function in (step, step_float32, step_small, learning, generate, generate16, batch, startup, extract)
 }
 FAST = default_dtype(CPU)
 
@@ -246,23 +291,25 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def write_text(folder: Path) -> None:
-    """About 2 MB of training text in ASCII, with its vocabulary."""
-    characters = "".join(map(chr, range(32, 96)))
-    text = "".join(np.random.default_rng(1).choice(list(characters), 2_000_000))
-    (folder / "output_train.txt").write_text(text, encoding="utf-8")
-    (folder / "vocab.txt").write_text("".join(f"{c}\n" for c in characters), encoding="utf-8")
+def provide_text(folder: Path, data_dir: Path | None) -> None:
+    """Put the three files of `data_dir` into the folder, or those of the built-in sample."""
+    if data_dir is None:
+        subprocess.run([sys.executable, str(ROOT / "data_extract.py")], cwd=folder, check=True, capture_output=True)
+    else:
+        for name in ("output_train.txt", "output_val.txt", "vocab.txt"):
+            shutil.copyfile(data_dir / name, folder / name)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("-only", choices=ROWS, help="measure this row alone")
+    parser.add_argument("-data_dir", type=Path, help="folder with the three files of a text; else, the built-in sample")
     args = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, Python {sys.version.split()[0]}\n")
     print("| work | this | reference | ratio reference/this | |\n|---|---|---|---|---|")
     torch.manual_seed(1)
     with tempfile.TemporaryDirectory() as folder:
-        write_text(Path(folder))
+        provide_text(Path(folder), args.data_dir)
         for name, measure in ROWS.items():
             if args.only in (None, name):
                 measure(Path(folder))
