@@ -1,7 +1,8 @@
 """Train a GPT on the text that data_extract.py made, and keep the best model in `model-01.pkl`.
 
 The texts are memory-mapped, never read whole: a step draws random places in the training text, takes `block_size` + 1
-characters from each, and asks the model to predict every character from those before it.
+characters from each, and asks the model to predict every character from those before it. Started by `torchrun`, many
+processes share the rows of each step.
 
 Beside the best model a run keeps `model-01.state.pkl`, from which `-resume` goes on as if nothing had happened, and
 `model-01.metrics.csv`, a line for each evaluation.
@@ -14,16 +15,19 @@ import io
 import math
 import mmap
 import os
+import re
 import signal
 import sys
 import time
 from codecs import utf_8_decode
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
@@ -42,6 +46,8 @@ from model import (
     save_model,
 )
 
+RANK = int(os.environ.get("RANK", 0))  # of this process among those that torchrun has started
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many these are
 BETAS = (0.9, 0.95)
 STEP, EVALUATION = 0, 1  # what rows of text are drawn for
 CHUNK = 2**24  # bytes
@@ -134,9 +140,16 @@ def is_continuation(array: np.ndarray) -> np.ndarray:
     return (array & 0xC0) == 0x80
 
 
-def get_batch(text: Text, batch_size: int, key: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and targets, token ids (B, T) each: the targets are the characters that follow the inputs."""
-    rows = torch.from_numpy(text.rows(text.draw_offsets(batch_size, key))).to(device)
+def get_batch(text: Text, step: int, args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets of a step, token ids (B, T) each: the targets are the characters that follow the inputs.
+
+    The rows of a step depend on seed and step alone; of the `batch_size` of them, each process takes its share, B.
+    """
+    offsets = text.draw_offsets(args.batch_size, [args.seed, step, STEP])
+    share = args.batch_size // WORLD_SIZE
+    rows = torch.from_numpy(text.rows(offsets[RANK * share :][:share]))
+    cuda = args.device.type == "cuda"  # which can copy from pinned memory while it computes
+    rows = (rows.pin_memory() if cuda else rows).to(args.device, non_blocking=cuda)
     return rows[:, :-1], rows[:, 1:]
 
 
@@ -173,9 +186,12 @@ class Muon(torch.optim.Muon):
         fast = default_dtype(model.lm_head.weight.device)
         self.precision = nullcontext() if fast == torch.bfloat16 else Float32()
 
-    def step(self) -> None:
+    def join_gradients(self) -> None:
+        """Has to come before each step."""
         for joined, weights in zip(self.joined, self.heads):
             joined.grad = torch.cat([weight.grad for weight in weights])
+
+    def step(self) -> None:
         with self.precision:
             super().step()
 
@@ -187,41 +203,123 @@ class Float32(TorchFunctionMode):
         return args[0].clone() if function is torch.Tensor.bfloat16 else function(*args, **(kwargs or {}))
 
 
-def make_optimizers(model: GPTLanguageModel, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
+class Optimizer:
     """AdamW (Loshchilov and Hutter 2019) for everything, or for what Muon leaves: embeddings, norms, biases, head.
 
-    Only matrices decay: biases and norms have no need of it.
+    Only matrices decay: biases and norms have no need of it. `scaler` keeps small gradients from vanishing in float16.
     """
-    optimizers = [Muon(model, args.weight_decay)] if args.optimizer == "muon" else []
-    taken = {p for optimizer in optimizers for p in optimizer.taken}
-    others = [p for p in model.parameters() if p not in taken]
-    share = ADAMW_SHARE if optimizers else 1.0  # of the learning rate
-    groups = [
-        {"params": [p for p in others if p.dim() >= 2], "weight_decay": args.weight_decay, "share": share},
-        {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0, "share": share},
-    ]
-    return [*optimizers, torch.optim.AdamW(groups, betas=BETAS, fused=True)]
+
+    def __init__(self, model: GPTLanguageModel, args: argparse.Namespace):
+        self.args = args
+        self.muon = Muon(model, args.weight_decay) if args.optimizer == "muon" else None
+        taken = self.muon.taken if self.muon else set()
+        others = [p for p in model.parameters() if p not in taken]
+        share = ADAMW_SHARE if self.muon else 1.0  # of the learning rate
+        groups = [
+            {"params": [p for p in others if p.dim() >= 2], "weight_decay": args.weight_decay, "share": share},
+            {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0, "share": share},
+        ]
+        adamw = torch.optim.AdamW(groups, betas=BETAS, fused=True)
+        self.parts = [self.muon, adamw] if self.muon else [adamw]
+        self.scaler = torch.amp.GradScaler(args.device.type, enabled=args.dtype == torch.float16)
+
+    @property
+    def groups(self) -> list[dict]:
+        return [group for part in self.parts for group in part.param_groups]
+
+    def step(self, step: int) -> None:
+        """Change the weights by their gradients, at the learning rate of this step."""
+        if self.muon:
+            self.muon.join_gradients()
+        for part in self.parts:
+            self.scaler.unscale_(part)
+        parameters = [p for group in self.groups for p in group["params"]]
+        torch.nn.utils.clip_grad_norm_(parameters, self.args.grad_clip or math.inf)
+        for group in self.groups:
+            group["lr"] = learning_rate_at(step, self.args) * group.get("share", 1.0)
+        for part in self.parts:
+            self.scaler.step(part)
+        self.scaler.update()
+
+    def state(self) -> dict:
+        return {"parts": [part.state_dict()["state"] for part in self.parts], "scaler": self.scaler.state_dict()}
+
+    def restore(self, state: dict) -> None:
+        """Raises one of many exceptions for anything but the state of such an optimizer."""
+        self.scaler.load_state_dict(state["scaler"])
+        for part, saved in zip(self.parts, state["parts"], strict=True):
+            for values in saved.values():
+                if values.keys() not in ({"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"}):
+                    raise ValueError("not the state of an optimizer")
+            part.load_state_dict({**part.state_dict(), "state": saved})
+            for parameter, values in part.state.items():
+                if any(value.shape not in (parameter.shape, ()) for value in values.values()):
+                    raise ValueError("the state of another optimizer or model")
 
 
 def train_step(
-    model: GPTLanguageModel,
-    optimizers: list[torch.optim.Optimizer],
-    text: Text,
+    forward: torch.nn.Module,
+    optimizer: Optimizer,
+    batch: tuple[torch.Tensor, torch.Tensor],
     step: int,
     args: argparse.Namespace,
 ) -> torch.Tensor:
-    """Learn from the rows of one step; return their loss, still on its device."""
-    x, y = get_batch(text, args.batch_size, [args.seed, step, STEP], args.device)
-    with torch.autocast(args.device.type, args.dtype, enabled=args.dtype != torch.float32):
-        _, loss = model(x, y)
-    model.zero_grad(set_to_none=True)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, args) * group.get("share", 1.0)
-        optimizer.step()
-    return loss.detach()
+    """Learn from the inputs and targets of one step; return their loss, still on its device.
+
+    `forward` is the model, or what runs it in several processes or compiled.
+    """
+    # A generator seeded for each step needs no saving, and is another one in each process.
+    torch.manual_seed(int(np.random.default_rng([args.seed, step, RANK]).integers(2**63)))
+    forward.zero_grad(set_to_none=True)
+    losses = []
+    for x, y in zip(*(part.chunk(args.grad_accum) for part in batch)):
+        last = len(losses) == args.grad_accum - 1
+        with nullcontext() if last or WORLD_SIZE == 1 else forward.no_sync():  # gradients are sent once
+            with torch.autocast(args.device.type, args.dtype, enabled=args.dtype != torch.float32):
+                _, loss = forward(x, y)
+            optimizer.scaler.scale(loss / args.grad_accum).backward()
+        losses.append(loss.detach())
+    optimizer.step(step)
+    return torch.stack(losses).mean()
+
+
+def compiled(
+    model: GPTLanguageModel, batch: tuple[torch.Tensor, torch.Tensor], args: argparse.Namespace
+) -> torch.nn.Module:
+    """The model, compiled for such batches; as it is, with a notice, where that can't be done."""
+    print("compiling   the model, which takes a minute or so ...", flush=True)
+    forward, started = torch.compile(model), time.monotonic()
+    try:
+        with torch.autocast(args.device.type, args.dtype, enabled=args.dtype != torch.float32):
+            _, loss = forward(*(part.chunk(args.grad_accum)[0] for part in batch))
+        loss.backward()
+    except Exception as error:  # no compiler, or one of many things that it can't do
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        print(f"-compile on: can't be done here, training goes on without: {reason}", file=sys.stderr)
+        return model
+    print(f"compiled    in {time.monotonic() - started:.0f} s", flush=True)
+    return forward
+
+
+# Many processes ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def process_group(args: argparse.Namespace) -> Iterator[None]:
+    """Connects the processes that torchrun has started, if it has."""
+    if WORLD_SIZE == 1:
+        yield
+        return
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo")
+    yield
+    distributed.destroy_process_group()
+
+
+def over_processes(values: torch.Tensor, operation: str = "SUM") -> torch.Tensor:
+    """The values of all processes as one."""
+    if WORLD_SIZE > 1 and distributed.is_initialized():
+        distributed.all_reduce(values, getattr(distributed.ReduceOp, operation))
+    return values
 
 
 # Evaluating ----------------------------------------------------------------------------------------------------------
@@ -242,8 +340,8 @@ def evaluation_batches(text: Text, limit: int, count: int, args: argparse.Namesp
         offsets, tail = offsets[:-1], [(offsets[-1:], length)]
     else:
         offsets = text.draw_offsets(count, [args.seed, 0, EVALUATION])
-    starts = range(0, len(offsets), args.batch_size)
-    return [(offsets[i : i + args.batch_size], args.block_size + 1) for i in starts] + tail, whole
+    size = args.batch_size // (WORLD_SIZE * args.grad_accum)
+    return [(offsets[i : i + size], args.block_size + 1) for i in range(0, len(offsets), size)] + tail, whole
 
 
 @torch.no_grad()
@@ -254,17 +352,19 @@ def mean_loss(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> float:
-    """Mean cross-entropy in nats per character over the rows of all batches, in eval mode."""
+    """Mean cross-entropy in nats per character over the rows of all batches of all processes, in eval mode."""
     was_training = model.training
     model.eval()
-    total = torch.zeros((), device=device)
+    totals = torch.zeros(2, device=device)  # nats, characters
     for offsets, length in batches:
         rows = torch.from_numpy(text.rows(offsets, length)).to(device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             _, loss = model(rows[:, :-1], rows[:, 1:])
-        total += loss * rows[:, 1:].numel()
+        count = rows[:, 1:].numel()
+        totals += torch.stack([loss * count, torch.full_like(loss, count)])
     model.train(was_training)
-    return total.item() / sum(len(offsets) * (length - 1) for offsets, length in batches)
+    nats, characters = over_processes(totals).tolist()
+    return nats / characters
 
 
 def sample_lines(model: GPTLanguageModel, vocabulary: Vocabulary, args: argparse.Namespace) -> list[str]:
@@ -332,23 +432,22 @@ class Run:
         # A row costs a third in evaluation of what it costs in training, so this is at most 4 % of the steps.
         limit = int(0.12 * min(args.eval_interval, args.max_iters) * args.batch_size)
         count = args.eval_iters * args.batch_size
-        self.train_batches, _ = evaluation_batches(self.train_text, 0, count, args)
-        self.val_batches, _ = evaluation_batches(self.val_text, limit, count, args)
-        self.optimizers = make_optimizers(model, args)
+        self.train_batches, self.val_batches = (
+            evaluation_batches(text, limit, count, args)[0][RANK::WORLD_SIZE]
+            for text, limit in ((self.train_text, 0), (self.val_text, limit))
+        )
+        self.optimizer = Optimizer(model, args)
         self.step, self.seconds = 0, 0.0
         self.best, self.best_step, self.stale = math.inf, 0, 0  # stale: evaluations since the best one
         self.metrics = Metrics(beside(args.model, ".metrics.csv"))
 
     def state(self) -> dict:
         """All that a resumed run needs beyond the model."""
-        cuda = {"cuda_rng": torch.cuda.get_rng_state(self.args.device)} if self.args.device.type == "cuda" else {}
         return {
             "arguments": self.args.settings,
             "texts": [self.train_text.size, self.val_text.size],
             "progress": [self.step, self.seconds, self.best, self.best_step, self.stale],
-            "optimizers": [optimizer.state_dict()["state"] for optimizer in self.optimizers],
-            "rng": torch.get_rng_state(),
-            **cuda,
+            "optimizer": self.optimizer.state(),
         }
 
     def restore(self, state: dict) -> None:
@@ -366,35 +465,32 @@ class Run:
         step, seconds, best, best_step, stale = state["progress"]
         self.step, self.seconds, self.best = int(step), float(seconds), float(best)
         self.best_step, self.stale = int(best_step), int(stale)
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            for values in saved.values():
-                if values.keys() not in ({"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"}):
-                    raise ValueError("not the state of an optimizer")
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": saved})
-            for parameter, values in optimizer.state.items():
-                if any(value.shape not in (parameter.shape, ()) for value in values.values()):
-                    raise ValueError("the state of another optimizer or model")
-        torch.set_rng_state(state["rng"])
-        if "cuda_rng" in state and self.args.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_rng"], self.args.device)
+        self.optimizer.restore(state["optimizer"])
         if not self.args.model.exists():
             self.best = math.inf
         self.metrics = Metrics(self.metrics.path, self.step)
 
     def save_state(self) -> None:
-        save_model(beside(self.args.model, ".state.pkl"), self.model, self.vocabulary, training=self.state())
+        if RANK == 0:
+            save_model(beside(self.args.model, ".state.pkl"), self.model, self.vocabulary, training=self.state())
 
     def train(self, interruption: "Interruption") -> None:
         """Run the training loop to its end, to an interruption or to the end of its patience."""
         args, patience = self.args, self.args.patience or math.inf
         tokens = args.batch_size * args.block_size
         started = time.monotonic() - self.seconds
-        self.model.train()
-        bar = {"unit": "tok", "unit_scale": True, "dynamic_ncols": True, "mininterval": 0.5}
+        forward = self.model.train()
+        batch = get_batch(self.train_text, self.step, args)
+        if args.compile == "on":
+            forward = compiled(forward, batch, args)
+        if WORLD_SIZE > 1:
+            forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
+        bar = {"unit": "tok", "unit_scale": True, "dynamic_ncols": True, "mininterval": 0.5, "disable": RANK > 0}
         with tqdm(total=args.max_iters * tokens, initial=self.step * tokens, **bar) as bar:
-            while self.step < args.max_iters and self.stale < patience and not interruption.signal:
-                loss = train_step(self.model, self.optimizers, self.train_text, self.step, args)
+            while self.step < args.max_iters and self.stale < patience and not interruption.agreed():
+                loss = train_step(forward, self.optimizer, batch, self.step, args)
                 self.step += 1
+                batch = get_batch(self.train_text, self.step, args)  # while a GPU is still busy with the last one
                 self.seconds = time.monotonic() - started
                 bar.set_description(f"step {self.step}/{args.max_iters}", refresh=False)
                 if bar.update(tokens):  # reading the loss waits for the device, so do it only when the bar is drawn
@@ -427,10 +523,14 @@ class Run:
         self.check(val_loss)
         line = f"step {self.step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}"
         self.stale += 1
-        if val_loss < self.best:
-            save_model(args.model, self.model, self.vocabulary)
+        best = val_loss < self.best
+        if best:
             self.best, self.best_step, self.stale = val_loss, self.step, 0
             line += f", saved {args.model}"
+        if RANK > 0:
+            return line
+        if best:
+            save_model(args.model, self.model, self.vocabulary)
         rate, tokens = learning_rate_at(self.step - 1, args), self.step * args.batch_size * args.block_size
         self.metrics.add(self.step, f"{train_loss:.6f}", f"{val_loss:.6f}", rate, tokens, f"{self.seconds:.3f}")
         if args.plot:
@@ -459,16 +559,25 @@ class Run:
 
 
 class Interruption:
-    """Notes Ctrl-C and SIGTERM, so that the loop can end in good order; a second one ends the program at once."""
+    """Notes Ctrl-C and SIGTERM, so that the loop can end in good order; a second one ends the program at once.
+
+    Not so under torchrun: it passes on to its processes what they have received themselves, and ends them if need be.
+    """
 
     def __enter__(self) -> "Interruption":
-        self.signal = None
+        self.signal = 0
         self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def note(self, number: int, frame) -> None:
         self.signal = number
-        self.__exit__()
+        if WORLD_SIZE == 1:
+            self.__exit__()
+
+    def agreed(self) -> int:
+        """The signal that any process has received, or 0: all of them have to end after the same step."""
+        self.signal = int(over_processes(torch.tensor(self.signal), "MAX"))
+        return self.signal
 
     def __exit__(self, *_) -> None:
         for signal_number, handler in self.before.items():
@@ -477,7 +586,8 @@ class Interruption:
 
 # The command ---------------------------------------------------------------------------------------------------------
 
-FREE = ("model", "data_dir", "device", "save_interval", "plot", "resume")  # they don't change what is learnt
+# Flags that don't change what is learnt
+FREE = ("model", "data_dir", "device", "compile", "grad_accum", "save_interval", "plot", "resume")
 SHAPE = ("n_embd", "n_head", "n_layer", "block_size")
 
 
@@ -492,7 +602,8 @@ def make_parser() -> argparse.ArgumentParser:
     def flag(name: str, **options):
         parser.add_argument(f"-{name}", f"--{name}", **options)
 
-    flag("batch_size", type=number(int, 1), default=32, help="sequences per optimizer step")
+    flag("batch_size", type=number(int, 1), default=32, help="sequences per optimizer step, over all processes")
+    flag("grad_accum", type=number(int, 1), default=1, help="parts of a step, one after another: takes less memory")
     flag(
         "block_size",
         type=number(int, 1, below=MAX_BLOCK_SIZE + 1),
@@ -518,7 +629,8 @@ def make_parser() -> argparse.ArgumentParser:
     flag("save_interval", type=number(int, 1), default=100, help="steps from one saved state to the next")
     flag("seed", type=number(int, 0, below=2**63), default=1337, help="decides initial weights, rows and dropout")
     flag("device", help="cpu, cuda, cuda:1, ...; without it, cuda if there is one, else cpu")
-    flag("dtype", choices=("float32", "bfloat16"), help="for multiplications; without it, what is fast here")
+    flag("dtype", choices=("float32", "bfloat16", "float16"), help="for multiplications; without it, what is fast here")
+    flag("compile", choices=("on", "off"), help="torch.compile; without it, on with cuda, else off")
     flag("data_dir", type=Path, default=Path("."), help="folder with output_train.txt, output_val.txt and vocab.txt")
     flag("model", type=Path, default=Path("model-01.pkl"), help="file for the trained model")
     flag("resume", action="store_true", help="go on with the run whose state is beside -model, with its settings")
@@ -559,6 +671,13 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         args = parse_again(parser, arguments, start[0].config, SHAPE, args.init_from)
     elif args.vocab:
         parser.error("argument -vocab: goes with -init_from only; training takes the vocab.txt in -data_dir")
+    pieces = WORLD_SIZE * args.grad_accum
+    if args.batch_size % pieces:
+        fits = [str(n) for n in (args.batch_size // pieces * pieces, (args.batch_size // pieces + 1) * pieces) if n]
+        parser.error(
+            f"argument -batch_size: {args.batch_size} sequences can't be shared among {WORLD_SIZE} processes x "
+            f"-grad_accum {args.grad_accum} evenly; {' and '.join(fits)} can"
+        )
     if args.n_embd % args.n_head:
         parser.error(f"argument -n_embd: {args.n_embd} is not a multiple of -n_head {args.n_head}")
     if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):
@@ -568,7 +687,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     unsaved = {"model", "resume", "vocab_size"}
     args.settings = [f"-{k}={v}" for k, v in vars(args).items() if k not in unsaved and v is not None]
     args.start, args.state = start, state
+    if args.device in (None, "cuda") and torch.cuda.is_available():
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # a card for each process
     choose_device(parser, args)
+    args.compile = args.compile or ("on" if args.device.type == "cuda" else "off")
     if args.min_lr is None:
         args.min_lr = 0.0 if args.optimizer == "muon" else args.learning_rate / 10
     if args.warmup_iters is None:
@@ -629,7 +751,8 @@ def run(args: argparse.Namespace, interruption: Interruption) -> int:
     training = Run(args, model.to(args.device), vocabulary)
     threads = f", {torch.get_num_threads()} threads" if args.device.type == "cpu" else ""
     megabytes = [text.size / 1e6 for text in (training.train_text, training.val_text)]
-    print(f"device      {args.device}{threads}, {str(args.dtype).removeprefix('torch.')}")
+    processes = f", {WORLD_SIZE} processes" if WORLD_SIZE > 1 else ""
+    print(f"device      {args.device}{threads}, {str(args.dtype).removeprefix('torch.')}{processes}")
     print(f"model       {sum(p.numel() for p in model.parameters()):,} parameters")
     print(f"vocabulary  {len(vocabulary):,} characters")
     print(f"text        {megabytes[0]:,.2f} MB to train on, {megabytes[1]:,.2f} MB to validate with")
@@ -639,17 +762,20 @@ def run(args: argparse.Namespace, interruption: Interruption) -> int:
         training.restore(args.state)
         end = "; a higher -max_iters goes on" if training.step >= args.max_iters else ""
         print(f"resumed     after step {training.step} of {args.max_iters}{end}", flush=True)
-    else:
+    elif RANK == 0:
         keep_old(args.model)
-    training.train(interruption)
+    with process_group(args):
+        training.train(interruption)
     if interruption.signal:
+        command = f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}" if WORLD_SIZE > 1 else "python"
         print(
-            f"training.py: interrupted after step {training.step}; to go on: python training.py -resume"
+            f"training.py: interrupted after step {training.step}; to go on: {command} training.py -resume"
             f"{model_flag(args)}",
             file=sys.stderr,
         )
         return 128 + interruption.signal
-    training.report()
+    if RANK == 0:
+        training.report()
     return 0
 
 
@@ -666,24 +792,34 @@ def keep_old(model: Path) -> None:
 
 
 def main() -> int:
+    errors, who = sys.stderr, f" process {RANK} of {WORLD_SIZE}:" if WORLD_SIZE > 1 else ""
+
+    def complain(message: str) -> None:
+        print(f"training.py:{who} {message}", file=errors)
+
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not fit the encoding
+    if RANK > 0:  # the first process speaks for all
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     try:
         args = parse_args()
         with Interruption() as interruption:
             return run(args, interruption)
     except (TrainingError, ModelFileError) as error:
-        print(f"training.py: {error}", file=sys.stderr)
+        complain(str(error))
     except OSError as error:
         name, hint = str(error.filename or "standard output"), ""
         if isinstance(error, FileNotFoundError) and name.endswith(".txt"):
             hint = "; run data_extract.py first, or name its -data_dir"
         if isinstance(error, FileNotFoundError) and name.endswith(".state.pkl"):
             hint = "; there is no run to go on with, start one without -resume"
-        print(f"training.py: {name}: {error.strerror}{hint}", file=sys.stderr)
+        complain(f"{name}: {error.strerror}{hint}")
     except (MemoryError, RuntimeError) as error:
-        if "memory" not in str(error):
+        if "memory" in str(error) or isinstance(error, MemoryError):
+            complain("not enough memory; try a higher -grad_accum or a smaller -batch_size, -n_embd or -block_size")
+        elif re.search("gloo|NCCL", str(error)):
+            complain("lost another process; -resume goes on from the last saved state")
+        else:
             raise
-        print("training.py: not enough memory; try a smaller -batch_size, -n_embd or -block_size", file=sys.stderr)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     return 1

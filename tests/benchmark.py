@@ -83,10 +83,15 @@ def our_step(shape: str, dtype: torch.dtype, optimizer: str, folder: Path) -> tu
     args = training.parse_args(["-device", "cpu", "-batch_size", str(batch_size), "-optimizer", optimizer])
     args.dtype = dtype
     model = GPTLanguageModel(**config).train()
-    optimizers = training.make_optimizers(model, args)
+    learner = training.Optimizer(model, args)
     text = training.Text(folder / "output_train.txt", Vocabulary.from_file(folder / "vocab.txt"), config["block_size"])
     steps = iter(range(10**9))
-    return lambda: training.train_step(model, optimizers, text, next(steps), args).item(), model
+
+    def one_step():
+        step = next(steps)
+        training.train_step(model, learner, training.get_batch(text, step, args), step, args).item()
+
+    return one_step, model
 
 
 def plain_step(shape: str) -> Callable:
@@ -139,7 +144,7 @@ def step_small(folder: Path) -> None:
 def batch(folder: Path) -> None:
     text = training.Text(folder / "output_train.txt", Vocabulary.from_file(folder / "vocab.txt"), 128)
     data = np.memmap(folder / "tokens.bin", dtype=np.uint16, mode="w+", shape=(1_000_000,))
-    steps = iter(range(10**9))
+    steps, args = iter(range(10**9)), training.parse_args(["-device", "cpu"])
 
     def from_encoded():  # the way of nanoGPT's get_batch, from tokens encoded beforehand
         starts = torch.randint(len(data) - 128, (32,))
@@ -147,7 +152,7 @@ def batch(folder: Path) -> None:
         y = torch.stack([torch.from_numpy(data[i + 1 : i + 129].astype(np.int64)) for i in starts])
         return x, y
 
-    mine, other, ratios = in_turn(lambda: training.get_batch(text, 32, [1, next(steps), 0], CPU), from_encoded, 500)
+    mine, other, ratios = in_turn(lambda: training.get_batch(text, next(steps), args), from_encoded, 500)
     row("batch of 32 x 128 from the text", f"{mine * 1e3:.3f} ms", f"{other * 1e3:.3f} ms", spread(ratios), "encoded")
 
 
@@ -168,11 +173,11 @@ def learn(folder: Path, optimizer: str, max_iters: int) -> tuple[float, float, f
     train_text, val_text = (
         training.Text(folder / name, vocabulary, args.block_size) for name in ("output_train.txt", "output_val.txt")
     )
-    optimizers = training.make_optimizers(model, args)
+    learner = training.Optimizer(model, args)
 
     def train():
         for step in range(max_iters):
-            training.train_step(model, optimizers, train_text, step, args)
+            training.train_step(model, learner, training.get_batch(train_text, step, args), step, args)
 
     trained = seconds(train)
     whole, _ = training.evaluation_batches(val_text, val_text.size, 0, args)

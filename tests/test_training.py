@@ -85,7 +85,7 @@ def test_rows_depend_on_their_key_alone(texts):
 
 def test_targets_are_the_characters_after_the_inputs(texts):
     text = open_text(texts, 8)
-    x, y = training.get_batch(text, 16, [1, 2, 0], torch.device("cpu"))
+    x, y = training.get_batch(text, 2, args("-batch_size", 16))
     assert x.shape == y.shape == (16, 8) and x.dtype == torch.int64
     assert x[:, 1:].equal(y[:, :-1])
     vocabulary = Vocabulary.from_file(texts / "vocab.txt")
@@ -190,12 +190,13 @@ def test_the_ends_of_the_schedule_follow_from_the_other_flags():
     assert (recipe.min_lr, recipe.warmup_iters) == (0.05, 20)
     assert args("-max_iters", 10_000).warmup_iters == 150
     assert args("-optimizer", "muon").learning_rate > args().learning_rate
+    assert args("-optimizer", "muon").min_lr == 0
 
 
 def test_only_matrices_are_decayed():
     model = GPTLanguageModel(7, n_embd=8, n_head=2, n_layer=1, block_size=4)
-    (optimizer,) = training.make_optimizers(model, args("-weight_decay", 0.3))
-    decays = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    optimizer = training.Optimizer(model, args("-weight_decay", 0.3))
+    decays = {p: group["weight_decay"] for group in optimizer.groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         assert decays[parameter] == (0.3 if parameter.dim() == 2 else 0.0), name
     assert len(decays) == len(list(model.parameters()))
@@ -206,7 +207,8 @@ def test_muon_gets_the_matrices_inside_the_blocks_and_adamw_the_rest():
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
-    muon, adamw = training.make_optimizers(model, args("-optimizer", "muon", "-weight_decay", 0))
+    muon, adamw = training.Optimizer(model, args("-optimizer", "muon", "-weight_decay", 0)).parts
+    muon.join_gradients()
     muon.step()
     for name, parameter in model.named_parameters():
         assert parameter.equal(before[name]) == (parameter.dim() < 2 or not name.startswith("blocks.")), name
@@ -224,7 +226,8 @@ def test_muon_turns_the_heads_of_a_layer_together():
     joined = torch.nn.Parameter(torch.cat(heads))
     joined.grad = torch.cat([weight.grad for weight in heads])
     torch.optim.Muon([joined], weight_decay=0.1).step()
-    muon, _ = training.make_optimizers(model, args("-optimizer", "muon", "-weight_decay", 0.1))
+    muon, _ = training.Optimizer(model, args("-optimizer", "muon", "-weight_decay", 0.1)).parts
+    muon.join_gradients()
     muon.param_groups[0]["lr"] = 1e-3  # torch's default
     muon.step()
     torch.testing.assert_close(torch.cat(heads), joined, atol=1e-5, rtol=0)
@@ -237,7 +240,7 @@ def test_muon_works_in_float32_where_bfloat16_is_slow(monkeypatch):
     model = GPTLanguageModel(7, n_embd=16, n_head=2, n_layer=1, block_size=4)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
-    training.make_optimizers(model, args("-optimizer", "muon"))[0].step()
+    training.Optimizer(model, args("-optimizer", "muon")).step(0)
     assert seen and set(seen) == {torch.float32}
 
 
@@ -469,10 +472,10 @@ def interrupt_after(monkeypatch, step: int) -> None:
     """Let Ctrl-C come in the middle of a step."""
     train_step = training.train_step
 
-    def interrupted(model, optimizers, text, current, args):
+    def interrupted(model, optimizer, batch, current, args):
         if current + 1 == step:
             signal.raise_signal(signal.SIGINT)
-        return train_step(model, optimizers, text, current, args)
+        return train_step(model, optimizer, batch, current, args)
 
     monkeypatch.setattr(training, "train_step", interrupted)
 
@@ -575,7 +578,7 @@ def test_flags_that_repeat_the_saved_run_are_welcome(texts, capsys):
 
 
 def first(optimizer_state: dict) -> dict:
-    return optimizer_state["optimizers"][0][0]
+    return optimizer_state["optimizer"]["parts"][0][0]
 
 
 DAMAGES = {
@@ -583,13 +586,12 @@ DAMAGES = {
     "arguments are numbers": lambda content: content["training"].update(arguments=[1, 2]),
     "no progress": lambda content: content["training"].pop("progress"),
     "progress of text": lambda content: content["training"].update(progress=["a"] * 5),
-    "no optimizer": lambda content: content["training"].update(optimizers=[]),
-    "an optimizer of lists": lambda content: content["training"].update(optimizers=[[1]]),
+    "no optimizer": lambda content: content["training"]["optimizer"].update(parts=[]),
+    "an optimizer of lists": lambda content: content["training"]["optimizer"].update(parts=[[1]]),
+    "an optimizer of text": lambda content: content["training"].update(optimizer="adamw"),
     "other names": lambda content: first(content["training"]).update(nonsense=torch.zeros(1)),
     "other shapes": lambda content: first(content["training"]).update(exp_avg=torch.zeros(99)),
     "numbers for tensors": lambda content: first(content["training"]).update(exp_avg=1.0),
-    "rng of text": lambda content: content["training"].update(rng="dice"),
-    "rng too short": lambda content: content["training"].update(rng=torch.zeros(3, dtype=torch.uint8)),
     "no training": lambda content: content.pop("training"),
 }
 
