@@ -565,18 +565,18 @@ class Interruption:
     """
 
     def __enter__(self) -> "Interruption":
-        self.signal = 0
+        self.noted = self.signal = 0
         self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def note(self, number: int, frame) -> None:
-        self.signal = number
+        self.noted = number
         if WORLD_SIZE == 1:
             self.__exit__()
 
     def agreed(self) -> int:
         """The signal that any process has received, or 0: all of them have to end after the same step."""
-        self.signal = int(over_processes(torch.tensor(self.signal), "MAX"))
+        self.signal = int(over_processes(torch.tensor(self.noted), "MAX"))
         return self.signal
 
     def __exit__(self, *_) -> None:
