@@ -684,6 +684,7 @@ def choose_device(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         parser.error(f"argument -device: there is no device {name!r} here")
     args.dtype = getattr(torch, args.dtype) if args.dtype else default_dtype(args.device)
     if args.device.type == "cuda":
+        torch.cuda.set_device(args.device)
         torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
 
 
