@@ -48,7 +48,7 @@ from model import (
 
 RANK = int(os.environ.get("RANK", 0))  # of this process among those that torchrun has started
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many these are
-BETAS = (0.9, 0.99)
+BETAS = (0.9, 0.95)
 STEP, EVALUATION = 0, 1  # what rows of text are drawn for
 CHUNK = 2**24  # bytes
 ADAMW_SHARE = 0.075  # AdamW's learning rate beside Muon, as a share of Muon's
@@ -572,8 +572,9 @@ class Interruption:
 
     def note(self, number: int, frame) -> None:
         self.noted = number
-        if WORLD_SIZE == 1:
-            self.__exit__()
+        if WORLD_SIZE == 1:  # from now on the system ends the program, since Python would wait for a backward pass
+            for ending in self.before:
+                signal.signal(ending, signal.SIG_DFL)
 
     def agreed(self) -> int:
         """The signal that any process has received, or 0: all of them have to end after the same step."""
