@@ -23,6 +23,7 @@ import tempfile
 import threading
 import time
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -175,13 +176,11 @@ class Unxz(io.RawIOBase):
     def readinto(self, buffer) -> int:
         data = b""
         while not data:
-            packed = b""
+            packed = self.decompressor.unused_data
             if self.decompressor.eof:  # an .xz file may hold several streams in a row, padded with zeros
-                packed = self.decompressor.unused_data.lstrip(b"\0")
-                while not packed:
+                while not (packed := packed.lstrip(b"\0")):
                     if not (packed := self.file.read(1 << 16)):
                         return 0
-                    packed = packed.lstrip(b"\0")
                 self.decompressor = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=XZ_MEMORY)
             elif self.decompressor.needs_input and not (packed := self.file.read(1 << 16)):
                 raise Damaged("it is cut short")
@@ -337,7 +336,8 @@ class Extracted:
     characters: int = 0
     size: int = 0  # bytes of text
     replaced: int = 0  # invalid byte sequences that became U+FFFD
-    characters_seen: set[str] | str = field(default_factory=set)
+    characters_seen: Counter[str] = field(default_factory=Counter)  # how often: exact below -min_count
+    rare: Counter[str] = field(default_factory=Counter)  # characters seen less often, which became U+FFFD
     damage: str = ""
 
     def add(self, other: "Extracted") -> None:
@@ -354,8 +354,8 @@ class Relay:
     Archive `index` can be written as soon as all before it have said how much text they hold.
     """
 
-    def __init__(self, context: multiprocessing.context.BaseContext, outputs: list[Path]):
-        self.outputs = outputs
+    def __init__(self, context: multiprocessing.context.BaseContext, outputs: list[Path], min_count: int):
+        self.outputs, self.min_count = outputs, min_count
         self.started = context.Semaphore(0)  # released once by every worker
         self.condition = context.Condition()
         self.turn = context.Value("q", 0, lock=False)
@@ -394,7 +394,7 @@ def extract_archive(index: int, archive: Archive, split: int) -> Extracted:
     found, held, held_size = Extracted(), [], 0
     with naming(relay.outputs[split]), open(relay.outputs[split], "r+b") as file:
         try:
-            for text in read_clean(archive, found):
+            for text in read_clean(archive, found, relay.min_count):
                 held.append(text)
                 held_size += len(text)
                 if held_size > BUFFER:
@@ -411,48 +411,66 @@ def extract_archive(index: int, archive: Archive, split: int) -> Extracted:
     return found
 
 
-def read_clean(archive: Archive, found: Extracted) -> Iterator[bytes]:
+def read_clean(archive: Archive, found: Extracted, min_count: int = 1) -> Iterator[bytes]:
     """Yield an archive's text as valid UTF-8 with `\n` line ends, in chunks, and count in `found` what is in it."""
-    seen = np.zeros(sys.maxunicode + 1, dtype=bool)
+    counts = np.zeros(128, dtype=np.int64)
+    for data in read_chunks(archive, found):
+        if b"\r" in data:
+            data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        try:
+            text = data.decode()
+        except UnicodeDecodeError:
+            text = data.decode(errors="replace")
+            found.replaced += text.count(REPLACEMENT) - data.count(REPLACEMENT.encode())
+            data = text.encode()
+        found.characters += len(text)
+        found.size += len(data)
+        counts = add_counts(counts, data, min_count)
+        yield data
+    seen = np.flatnonzero(counts)
+    found.characters_seen = Counter(dict(zip(map(chr, seen.tolist()), counts[seen].tolist())))
+
+
+def read_chunks(archive: Archive, found: Extracted) -> Iterator[bytes]:
+    """Yield an archive's text, as it is, in pieces that are worth a call of numpy."""
     pieces, size = [], 0
     for piece, ends_document in read_documents(archive):
         pieces.append(piece)
         size += len(piece)
         found.documents += ends_document
         if size >= CHUNK:
-            yield clean(b"".join(pieces), found, seen)
+            yield b"".join(pieces)
             pieces, size = [], 0
-    yield clean(b"".join(pieces), found, seen)
-    found.characters_seen = np.flatnonzero(seen).astype("<u4").tobytes().decode("utf-32-le")
+    yield b"".join(pieces)
 
 
-def clean(data: bytes, found: Extracted, seen: np.ndarray) -> bytes:
-    if b"\r" in data:
-        data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-    try:
-        text = data.decode()
-    except UnicodeDecodeError:
-        text = data.decode(errors="replace")
-        found.replaced += text.count(REPLACEMENT) - data.count(REPLACEMENT.encode())
-        data = text.encode()
-    found.characters += len(text)
-    found.size += len(data)
-    # Most characters are ASCII and stand in the first pages already. Deleting those takes 0.4 s per GB, marking them
-    # one by one 7 s.
-    mark(text[:50_000], seen)
-    mark(data.translate(None, np.flatnonzero(seen[:128]).astype(np.uint8).tobytes()).decode(), seen)
-    return data
+def add_counts(counts: np.ndarray, data: bytes, enough: int) -> np.ndarray:
+    """Add how often each character is in a text, by code point; ASCII is counted until there is `enough` of it.
+
+    Most characters are ASCII and stand in the first pages often enough. Deleting those takes 0.4 s per GB, counting
+    them one by one 7 s.
+    """
+    first = np.bincount(np.frombuffer(data[:50_000], dtype=np.uint8), minlength=128)[:128]
+    frequent = np.flatnonzero(counts[:128] + first >= enough)
+    counts[frequent] += first[frequent]
+    more = np.bincount(code_points(data.translate(None, bytes(frequent.tolist()))), minlength=len(counts))
+    more[: len(counts)] += counts
+    return more
 
 
-def mark(text: str, seen: np.ndarray) -> None:
-    seen[np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)] = True
+def code_points(data: bytes) -> np.ndarray:
+    return np.frombuffer(data.decode().encode("utf-32-le"), dtype=np.uint32)
 
 
 # The whole corpus ----------------------------------------------------------------------------------------------------
 
 
 def extract(
-    archives: list[Archive], output_dir: Path, skip_corrupt: bool = False, workers: int | None = None
+    archives: list[Archive],
+    output_dir: Path,
+    skip_corrupt: bool = False,
+    min_count: int = 1,
+    workers: int | None = None,
 ) -> tuple[Extracted, Extracted, list[str]]:
     """Write the three files into `output_dir`, all or none; return what is in each text and what was left out.
 
@@ -466,7 +484,7 @@ def extract(
         for path in outputs:
             path.touch()
         with tqdm(total=len(archives), unit=" archives", desc="extracting", dynamic_ncols=True) as bar:
-            for index, found in enumerate(extract_all(archives, first_val, outputs, workers)):
+            for index, found in enumerate(extract_all(archives, first_val, outputs, workers, min_count)):
                 if found.damage and not skip_corrupt:
                     raise DataError(
                         f"{archives[index].name}: {found.damage}; replace it, or leave it out with -skip_corrupt"
@@ -482,6 +500,7 @@ def extract(
             cut_off_validation(outputs, totals)
         if not (totals[TRAIN].characters and totals[VAL].characters):
             raise DataError("; ".join(["too little text: training and validation both need some; add more", *left_out]))
+        replace_rare(outputs, totals, min_count)
         vocabulary = totals[TRAIN].characters_seen | totals[VAL].characters_seen
         with naming(outputs[VOCAB]), open(outputs[VOCAB], "w", encoding="utf-8", newline="\n") as file:
             file.writelines(f"{character}\n" for character in sorted(vocabulary))
@@ -489,11 +508,11 @@ def extract(
 
 
 def extract_all(
-    archives: list[Archive], first_val: int, outputs: list[Path], workers: int | None
+    archives: list[Archive], first_val: int, outputs: list[Path], workers: int | None, min_count: int
 ) -> Iterator[Extracted]:
     """Yield what came out of each archive, in order, while worker processes extract them side by side."""
     context = multiprocessing.get_context("spawn")
-    relay = Relay(context, outputs)
+    relay = Relay(context, outputs, min_count)
     workers = min(workers or available_cores(), len(archives), 61)  # Windows can wait for no more than 61 processes
     splits = [TRAIN if index < first_val else VAL for index in range(len(archives))]
     with ProcessPoolExecutor(workers, context, start_worker, (relay,)) as pool:
@@ -557,17 +576,49 @@ def cut_off_validation(outputs: list[Path], totals: tuple[Extracted, Extracted])
     keep = int(TRAIN_SHARE * whole.characters)
     with naming(outputs[VAL]), open(outputs[TRAIN], "r+b") as train, open(outputs[VAL], "wb") as val:
         offset, left = 0, keep
-        while block := train.read(CHUNK):
-            starts = np.flatnonzero((np.frombuffer(block, dtype=np.uint8) & 0xC0) != 0x80)
-            if left < len(starts):
-                offset += int(starts[left])
+        for piece in split_safely(b"", train):
+            kept = piece.decode()[:left]
+            offset, left = offset + len(kept.encode()), left - len(kept)
+            if not left:
                 break
-            offset, left = offset + len(block), left - len(starts)
         train.seek(offset)
         shutil.copyfileobj(train, val, CHUNK)
         train.truncate(offset)
     totals[VAL].characters, totals[VAL].size = whole.characters - keep, whole.size - offset
     whole.characters, whole.size = keep, offset
+
+
+def replace_rare(outputs: list[Path], totals: tuple[Extracted, Extracted], min_count: int) -> None:
+    """Put U+FFFD in the place of all characters that both texts together hold fewer than `min_count` times."""
+    counts = totals[TRAIN].characters_seen + totals[VAL].characters_seen
+    rare = {character for character, count in counts.items() if count < min_count} - {REPLACEMENT}
+    if rare and not counts.keys() - rare - {REPLACEMENT}:
+        raise DataError(f"no character is seen {min_count:,} times; lower -min_count or add more text")
+    for path, total in zip(outputs, totals) if rare else ():
+        with replaced_together([path]) as (new,):
+            rewrite(path, new, rare)
+        seen, total.size = total.characters_seen, path.stat().st_size
+        total.rare = Counter({character: seen.pop(character) for character in rare & seen.keys()})
+        seen[REPLACEMENT] += total.rare.total()
+
+
+def rewrite(path: Path, new: Path, rare: set[str]) -> None:
+    """Copy a text, less the rare characters, which are looked for only among those that are not frequent ASCII."""
+    is_rare = np.zeros(sys.maxunicode + 1, dtype=bool)
+    is_rare[[ord(character) for character in rare]] = True
+    frequent = bytes(np.flatnonzero(~is_rare[:128]).tolist())
+    may_start = bytes(byte >= 0xC0 or (byte < 0x80 and byte not in frequent) for byte in range(256))
+    bar = tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc="replacing", dynamic_ncols=True)
+    with bar, naming(new), open(path, "rb") as old, open(new, "wb") as file:
+        for text in split_safely(b"", old):
+            codes = code_points(text.translate(None, frequent))
+            starts = np.flatnonzero(np.frombuffer(text.translate(may_start), dtype=bool))
+            hits, end = is_rare[codes], 0
+            for start, code in zip(starts[hits].tolist(), codes[hits].tolist()):
+                file.write(text[end:start] + REPLACEMENT.encode())
+                end = start + len(chr(code).encode())
+            file.write(text[end:])
+            bar.update(len(text))
 
 
 # The built-in sample -------------------------------------------------------------------------------------------------
@@ -612,16 +663,15 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     flag("data_dir", type=Path, help=source)
     flag("output_dir", type=Path, default=Path("."), help="folder for the three files")
     flag("skip_corrupt", action="store_true", help="leave damaged archives out instead of stopping")
-    flag("sample_rate", type=share, default=1.0, help="share of the archives to use, above 0 and up to 1")
+    flag("sample_rate", type=float, default=1.0, help="share of the archives to use, above 0 and up to 1")
+    flag("min_count", type=int, default=1, help="characters seen fewer times than this become U+FFFD; 1: none does")
     flag("seed", type=int, default=1337, help="which archives -sample_rate takes")
-    return parser.parse_args(arguments)
-
-
-def share(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
-    return value
+    args = parser.parse_args(arguments)
+    if not 0 < args.sample_rate <= 1:
+        parser.error(f"argument -sample_rate: {args.sample_rate} is not above 0 and at most 1")
+    if args.min_count < 1:
+        parser.error(f"argument -min_count: {args.min_count} is not 1 or more")
+    return args
 
 
 def run(args: argparse.Namespace, sample_folder: Path) -> None:
@@ -634,7 +684,7 @@ def run(args: argparse.Namespace, sample_folder: Path) -> None:
     archives = find_archives(data_dir, ignore={(args.output_dir / name).resolve() for name in OUTPUT_NAMES})
     archives = take_sample(archives, args.sample_rate, args.seed)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    train, val, left_out = extract(archives, args.output_dir, args.skip_corrupt)
+    train, val, left_out = extract(archives, args.output_dir, args.skip_corrupt, args.min_count)
 
     documents = [f"{train.documents:,}", f"{val.documents:,}"] if len(archives) > 1 else [f"of {train.documents:,}"] * 2
     print(f"{'':10} {'documents':>12} {'characters':>16} {'megabytes':>12}")
@@ -643,6 +693,9 @@ def run(args: argparse.Namespace, sample_folder: Path) -> None:
     vocabulary_size = len(train.characters_seen | val.characters_seen)
     replaced = train.replaced + val.replaced
     print(f"vocabulary: {vocabulary_size:,} characters; invalid sequences replaced by U+FFFD: {replaced:,}")
+    if rare := train.rare + val.rare:
+        times = f"{rare.total():,} ({len(rare):,} different)"
+        print(f"characters seen fewer than {args.min_count:,} times replaced by U+FFFD: {times}")
     for line in left_out:
         print(f"left out: {line}")
     names = ", ".join(str(args.output_dir / name) for name in OUTPUT_NAMES)
