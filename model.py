@@ -14,7 +14,7 @@ import re
 import struct
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -305,9 +305,10 @@ class GPTLanguageModel(nn.Module):
         temperature: float = 1.0,
         top_k: int | None = None,
         generator: torch.Generator | None = None,
+        never: Sequence[int] = (),
     ) -> torch.Tensor:
         """Token ids (B, T) -> (B, T + max_new_tokens): what `stream` yields, appended."""
-        return torch.cat([index, *self.stream(index, max_new_tokens, temperature, top_k, generator)], dim=1)
+        return torch.cat([index, *self.stream(index, max_new_tokens, temperature, top_k, generator, never)], dim=1)
 
     def stream(
         self,
@@ -316,11 +317,13 @@ class GPTLanguageModel(nn.Module):
         temperature: float = 1.0,
         top_k: int | None = None,
         generator: torch.Generator | None = None,
+        never: Sequence[int] = (),
     ) -> Iterator[torch.Tensor]:
         """Yield the next token of each sequence (B, 1), `max_new_tokens` times, while the model is in eval mode.
 
         `temperature` divides the logits: below 1 the likely characters get likelier, 0 always takes the likeliest.
-        `top_k` leaves only the k likeliest to choose from. Raises ValueError for bad arguments or ids.
+        `top_k` leaves only the k likeliest to choose from, `never` all but these ids. Raises ValueError for bad
+        arguments or ids.
 
         While the text fits into `block_size`, caches give exactly what the whole model would. From then on the model
         sees the latest half to whole `block_size` tokens: whenever the window is full, it is started anew from its
@@ -332,6 +335,9 @@ class GPTLanguageModel(nn.Module):
             raise ValueError(f"the context must be one or more token ids from 0 to {vocab_size - 1}")
         if not temperature >= 0 or (top_k is not None and not 0 < top_k <= vocab_size):
             raise ValueError(f"temperature must be 0 or more and top_k between 1 and {vocab_size}")
+        if not set(never) < set(range(vocab_size)):
+            raise ValueError(f"never must be some token ids from 0 to {vocab_size - 1}, not all")
+        banned = torch.tensor(never, dtype=torch.long, device=index.device)
         was_training = self.training
         self.eval()
         try:
@@ -345,7 +351,7 @@ class GPTLanguageModel(nn.Module):
                         cache.length = 0
                 with torch.inference_mode():
                     logits, _ = self(new, caches=caches)
-                    new = sample(logits[:, -1], temperature, top_k, generator)
+                    new = sample(logits[:, -1].index_fill(1, banned, -math.inf), temperature, top_k, generator)
                 new = new.clone()  # an ordinary tensor, which may be trained on
                 context = torch.cat([context, new], dim=1)[:, -self.block_size :]
                 yield new
