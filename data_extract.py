@@ -356,6 +356,7 @@ class Relay:
 
     def __init__(self, context: multiprocessing.context.BaseContext, outputs: list[Path], min_count: int):
         self.outputs, self.min_count = outputs, min_count
+        self.ascii_counts = np.zeros(128, dtype=np.int64)  # each worker's own
         self.started = context.Semaphore(0)  # released once by every worker
         self.condition = context.Condition()
         self.turn = context.Value("q", 0, lock=False)
@@ -394,7 +395,7 @@ def extract_archive(index: int, archive: Archive, split: int) -> Extracted:
     found, held, held_size = Extracted(), [], 0
     with naming(relay.outputs[split]), open(relay.outputs[split], "r+b") as file:
         try:
-            for text in read_clean(archive, found, relay.min_count):
+            for text in read_clean(archive, found, relay.min_count, relay.ascii_counts):
                 held.append(text)
                 held_size += len(text)
                 if held_size > BUFFER:
@@ -411,9 +412,15 @@ def extract_archive(index: int, archive: Archive, split: int) -> Extracted:
     return found
 
 
-def read_clean(archive: Archive, found: Extracted, min_count: int = 1) -> Iterator[bytes]:
-    """Yield an archive's text as valid UTF-8 with `\n` line ends, in chunks, and count in `found` what is in it."""
-    counts = np.zeros(128, dtype=np.int64)
+def read_clean(
+    archive: Archive, found: Extracted, enough: int = 1, ascii_counts: np.ndarray | None = None
+) -> Iterator[bytes]:
+    """Yield an archive's text as valid UTF-8 with `\n` line ends, in chunks, and count in `found` what is in it.
+
+    An ASCII character is no longer counted once `ascii_counts`, of earlier archives, and this one have `enough` of it.
+    """
+    earlier = np.zeros(128, dtype=np.int64) if ascii_counts is None else ascii_counts
+    counts = earlier.copy()  # by code point
     for data in read_chunks(archive, found):
         if b"\r" in data:
             data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
@@ -425,8 +432,14 @@ def read_clean(archive: Archive, found: Extracted, min_count: int = 1) -> Iterat
             data = text.encode()
         found.characters += len(text)
         found.size += len(data)
-        counts = add_counts(counts, data, min_count)
+        # Most characters are ASCII and soon known well enough. Deleting those takes 0.4 s per GB, counting them 7 s.
+        frequent = np.flatnonzero(counts[:128] >= enough)
+        more = np.bincount(code_points(data.translate(None, bytes(frequent.tolist()))), minlength=len(counts))
+        more[: len(counts)] += counts
+        counts = more
         yield data
+    counts[:128] -= earlier
+    earlier += counts[:128]
     seen = np.flatnonzero(counts)
     found.characters_seen = Counter(dict(zip(map(chr, seen.tolist()), counts[seen].tolist())))
 
@@ -442,20 +455,6 @@ def read_chunks(archive: Archive, found: Extracted) -> Iterator[bytes]:
             yield b"".join(pieces)
             pieces, size = [], 0
     yield b"".join(pieces)
-
-
-def add_counts(counts: np.ndarray, data: bytes, enough: int) -> np.ndarray:
-    """Add how often each character is in a text, by code point; ASCII is counted until there is `enough` of it.
-
-    Most characters are ASCII and stand in the first pages often enough. Deleting those takes 0.4 s per GB, counting
-    them one by one 7 s.
-    """
-    first = np.bincount(np.frombuffer(data[:50_000], dtype=np.uint8), minlength=128)[:128]
-    frequent = np.flatnonzero(counts[:128] + first >= enough)
-    counts[frequent] += first[frequent]
-    more = np.bincount(code_points(data.translate(None, bytes(frequent.tolist()))), minlength=len(counts))
-    more[: len(counts)] += counts
-    return more
 
 
 def code_points(data: bytes) -> np.ndarray:
