@@ -336,8 +336,8 @@ class Extracted:
     characters: int = 0
     size: int = 0  # bytes of text
     replaced: int = 0  # invalid byte sequences that became U+FFFD
-    characters_seen: Counter[str] = field(default_factory=Counter)  # how often: exact below -min_count
-    rare: Counter[str] = field(default_factory=Counter)  # characters seen less often, which became U+FFFD
+    characters_seen: Counter[str] = field(default_factory=Counter)  # how often, or at least -min_count
+    rare: Counter[str] = field(default_factory=Counter)  # those seen less often, which became U+FFFD
     damage: str = ""
 
     def add(self, other: "Extracted") -> None:
@@ -417,7 +417,7 @@ def read_clean(
 ) -> Iterator[bytes]:
     """Yield an archive's text as valid UTF-8 with `\n` line ends, in chunks, and count in `found` what is in it.
 
-    An ASCII character is no longer counted once `ascii_counts`, of earlier archives, and this one have `enough` of it.
+    An ASCII character is counted until there are `enough` of it, those of earlier archives in `ascii_counts` included.
     """
     earlier = np.zeros(128, dtype=np.int64) if ascii_counts is None else ascii_counts
     counts = earlier.copy()  # by code point
@@ -591,9 +591,11 @@ def replace_rare(outputs: list[Path], totals: tuple[Extracted, Extracted], min_c
     """Put U+FFFD in the place of all characters that both texts together hold fewer than `min_count` times."""
     counts = totals[TRAIN].characters_seen + totals[VAL].characters_seen
     rare = {character for character, count in counts.items() if count < min_count} - {REPLACEMENT}
-    if rare and not counts.keys() - rare - {REPLACEMENT}:
+    if not rare:
+        return
+    if not counts.keys() - rare - {REPLACEMENT}:
         raise DataError(f"no character is seen {min_count:,} times; lower -min_count or add more text")
-    for path, total in zip(outputs, totals) if rare else ():
+    for path, total in zip(outputs, totals):
         with replaced_together([path]) as (new,):
             rewrite(path, new, rare)
         seen, total.size = total.characters_seen, path.stat().st_size
@@ -602,7 +604,7 @@ def replace_rare(outputs: list[Path], totals: tuple[Extracted, Extracted], min_c
 
 
 def rewrite(path: Path, new: Path, rare: set[str]) -> None:
-    """Copy a text, less the rare characters, which are looked for only among those that are not frequent ASCII."""
+    """Copy a text with U+FFFD for its rare characters, which are looked for only where there is no frequent ASCII."""
     is_rare = np.zeros(sys.maxunicode + 1, dtype=bool)
     is_rare[[ord(character) for character in rare]] = True
     frequent = bytes(np.flatnonzero(~is_rare[:128]).tolist())
