@@ -596,8 +596,8 @@ def replace_rare(outputs: list[Path], totals: tuple[Extracted, Extracted], min_c
     if not counts.keys() - rare - {REPLACEMENT}:
         raise DataError(f"no character is seen {min_count:,} times; lower -min_count or add more text")
     for path, total in zip(outputs, totals):
-        with replaced_together([path]) as (new,):
-            rewrite(path, new, rare)
+        rewrite(path, outputs[VOCAB], rare)  # a temporary file with nothing in it yet
+        os.replace(outputs[VOCAB], path)
         seen, total.size = total.characters_seen, path.stat().st_size
         total.rare = Counter({character: seen.pop(character) for character in rare & seen.keys()})
         seen[REPLACEMENT] += total.rare.total()
@@ -610,7 +610,7 @@ def rewrite(path: Path, new: Path, rare: set[str]) -> None:
     frequent = bytes(np.flatnonzero(~is_rare[:128]).tolist())
     may_start = bytes(byte >= 0xC0 or (byte < 0x80 and byte not in frequent) for byte in range(256))
     bar = tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc="replacing", dynamic_ncols=True)
-    with bar, naming(new), open(path, "rb") as old, open(new, "wb") as file:
+    with bar, naming(path), open(path, "rb") as old, open(new, "wb") as file:
         for text in split_safely(b"", old):
             codes = code_points(text.translate(None, frequent))
             starts = np.flatnonzero(np.frombuffer(text.translate(may_start), dtype=bool))

@@ -1042,7 +1042,7 @@ def test_a_disk_that_fills_up_with_replacements_is_a_clear_line(run_script, earl
     put(tmp_path / "in", {"a.txt": text.encode(), "b.txt": b"b"})
     args = ["-data_dir", "in", "-output_dir", "out", "-min_count", "100"]
     result = run_script(SCRIPT, *args, preexec_fn=lambda: limit_file_size(len(text.encode()) + 99))
-    assert re.search(rf"output_train.txt.*: {os.strerror(errno.EFBIG)}", complaint(result))
+    assert re.search(rf"output_train.txt.tmp: {os.strerror(errno.EFBIG)}", complaint(result))
 
 
 # Samples of the corpus -----------------------------------------------------------------------------------------------
@@ -1136,7 +1136,7 @@ def test_memory_stays_bounded_while_rare_characters_are_replaced(tmp_path):
         {"1.xz": lines, "2.xz": xz(CHARACTERS.encode()), "3.xz": repeated(CHARACTERS.encode(), 1 << 28)},
     )
     peak, output = run_measured("-data_dir", tmp_path / "in", "-output_dir", tmp_path / "out", "-min_count", "1000000")
-    assert peak < 300 and "(5,0" in output
+    assert peak < 300 and "(4,997 different)" in output  # 5,000 but for three of LINE's
     for name in NAMES:
         (tmp_path / "out" / name).unlink()
 
