@@ -1133,7 +1133,7 @@ def test_memory_stays_bounded_while_rare_characters_are_replaced(tmp_path):
     lines = repeated(LINE + b"\n", 2 << 30)
     put(
         tmp_path / "in",
-        {"1.xz": lines, "2.xz": xz(CHARACTERS.encode()), "3.xz": repeated(CHARACTERS.encode(), 1 << 28)},
+        {"1.xz": lines, "2.xz": xz(CHARACTERS.encode()), "3.xz": repeated(CHARACTERS.encode(), 1 << 25)},
     )
     peak, output = run_measured("-data_dir", tmp_path / "in", "-output_dir", tmp_path / "out", "-min_count", "1000000")
     assert peak < 300 and "(4,997 different)" in output  # 5,000 but for three of LINE's
