@@ -14,6 +14,7 @@ import struct
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from pickletools import markobject
 from typing import BinaryIO
@@ -21,8 +22,10 @@ from typing import BinaryIO
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 MAX_BLOCK_SIZE = 2**15  # for which the mask alone takes 1 GiB
+MAX_WEIGHT = 1000.0  # from which on numbers inside the model might become infinite; trained weights are about 1
 
 
 class Dropout(nn.Module):
@@ -99,6 +102,7 @@ class Head(nn.Module):
         return self.dropout(weights) @ v  # a weighted mean of the values
 
 
+@lru_cache(maxsize=1)
 def lower_triangle(block_size: int, device: torch.device | str | None = None) -> torch.Tensor:
     """(block_size, block_size) booleans: row t is True at the time steps that step t may see, those up to t."""
     return torch.ones(block_size, block_size, dtype=torch.bool, device=device).tril()
@@ -449,12 +453,11 @@ def read_model_file(path: str | Path) -> dict:
                 content = {"weights": weights_of(content) if isinstance(content, Module) else content}
             content["weights"] = float_weights(content["weights"], size)
         except NotDataError as error:
-            raise ModelFileError(f"{path}: not a model file: it asks for {error}, a model is only data") from None
+            raise ModelFileError(
+                f"{path}: not a model file: it asks for {error}, which no model needs; use one that training.py saved"
+            ) from None
         except Exception as error:  # whatever a damaged or foreign file may cause
             raise ModelFileError(f"{path}: not a model file, or a damaged one; train one with training.py") from error
-    for name, weight in content["weights"].items():
-        if not weight.isfinite().all():
-            raise ModelFileError(f"{path}: {name} is not finite, so its training went wrong; take an earlier file")
     return content
 
 
@@ -467,16 +470,20 @@ def build_model(
         config = {**content.get("config", {}), **shape}
         if config != content.get("config", shape):
             raise ValueError("a shape that is not that of the weights")
-        with torch.device("meta"):  # takes no memory, and no time for weights that a file replaces
+        with WithoutInit():
             model = GPTLanguageModel(**config)
         model.load_state_dict(content["weights"], assign=True)
-        model._share_tril()
         if "vocabulary" in content:
+            if type(content["vocabulary"]) is not str or len(set(content["vocabulary"])) != shape["vocab_size"]:
+                raise ValueError("a vocabulary that is not that of the weights")
             vocabulary = Vocabulary(content["vocabulary"])
     except Exception as error:  # parts that are missing, of the wrong type or of the wrong shape
         raise ModelFileError(
-            f"{path}: not the weights and shape of a GPTLanguageModel; train one with training.py"
+            f"{path}: not a GPTLanguageModel: weights, shape and vocabulary do not fit; train one with training.py"
         ) from error
+    for name, weight in content["weights"].items():
+        if not (weight.abs() <= MAX_WEIGHT).all():
+            raise ModelFileError(f"{path}: {name} is NaN or absurd in places; use a file from before that happened")
     if vocabulary is None:
         raise ModelFileError(f"{path}: holds no vocabulary; name the vocab.txt it was trained with: -vocab vocab.txt")
     knows = shape["vocab_size"]
@@ -484,10 +491,19 @@ def build_model(
         vocabulary = Vocabulary(vocabulary.characters.replace("\r", ""))
     if len(vocabulary) != knows:
         raise ModelFileError(
-            f"{path}: knows {knows} characters and its vocabulary has {len(vocabulary)}; "
+            f"{path}: knows {knows} characters, the given vocabulary has {len(vocabulary)}; "
             "name the vocab.txt it was trained with: -vocab vocab.txt"
         )
     return model.eval(), vocabulary
+
+
+class WithoutInit(TorchFunctionMode):
+    """Within it, modules are left with whatever was in memory: no time is spent on weights that a file replaces."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return kwargs.get("tensor") if kwargs else args[0]
+        return function(*args, **(kwargs or {}))
 
 
 def shape_of(weights: dict[str, torch.Tensor]) -> dict[str, int]:
@@ -518,6 +534,8 @@ def float_weights(weights: dict[str, torch.Tensor], size: int) -> dict[str, torc
 
 def weights_of(module: "Module", prefix: str = "") -> dict[str, torch.Tensor]:
     """The weights of a whole module by their names. Raises one of many exceptions for anything else."""
+    if len(prefix) > 100:
+        raise ValueError("modules that are nested deeper than a model's")
     weights = {prefix + name: weight for name, weight in module["_parameters"].items() if weight is not None}
     for name, child in module["_modules"].items():
         weights |= weights_of(child, f"{prefix}{name}.")

@@ -1,9 +1,11 @@
 """The tutorial's training script, cut down to what makes its model file: run, it stands in `__main__` as theirs did.
 
-`python tutorial.py FOLDER` leaves a file for each way of saving, and `logits.pt` with the ids and logits to compare.
+`python tutorial.py FOLDER` leaves a file for each way of saving, `vocab.txt`, and `logits.pt` with the ids that went
+into the models and the logits that came out, by the names of the files.
 Sizes are constants and every head keeps a triangle of floats of its own, as there; the words are ours.
 """
 
+import copy
 import pickle
 import sys
 from pathlib import Path
@@ -12,7 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-VOCAB_SIZE, N_EMBD, N_HEAD, N_LAYER, BLOCK_SIZE, DROPOUT = 11, 12, 3, 2, 8, 0.2
+CHARACTERS = "\n abcdefghi"
+VOCAB_SIZE, N_EMBD, N_HEAD, N_LAYER, BLOCK_SIZE, DROPOUT = len(CHARACTERS), 12, 3, 2, 8, 0.2
 
 
 class Head(nn.Module):
@@ -90,12 +93,32 @@ def main(folder):
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
-        with open(folder / f"protocol-{protocol}.pkl", "wb") as file:
-            pickle.dump(model, file, protocol)
-    torch.save(model.state_dict(), folder / "state_dict.pkl")
-    torch.save(model, folder / "module.pkl")
-    torch.save((index, model.eval()(index).detach()), folder / "logits.pt")
+    model.eval()
+    logits = {}
+
+    def save(name, model, content, dump):
+        with open(folder / name, "wb") as file:
+            dump(content, file)
+        logits[name] = model(index).detach()
+
+    def save_all(prefix):
+        for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+            save(f"{prefix}protocol-{protocol}.pkl", model, model, lambda m, f: pickle.dump(m, f, protocol))  # noqa: B023
+        save(f"{prefix}saved.pkl", model, model, torch.save)
+        save(f"{prefix}state_dict.pkl", model, model.state_dict(), torch.save)
+        save(f"{prefix}pickled_state_dict.pkl", model, model.state_dict(), pickle.dump)
+
+    save_all("")
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        cast = copy.deepcopy(model).to(dtype)
+        name = str(dtype).removeprefix("torch.")
+        save(f"{name}.pkl", copy.deepcopy(cast).float(), cast, pickle.dump)
+    torch.serialization.register_package(0, lambda storage: "cuda:0", lambda storage, location: None)
+    save_all("cuda-")  # as if the storages were on a GPU
+    torch.save((index, logits), folder / "logits.pt")
+    with open(folder / "vocab.txt", "w", encoding="utf-8") as file:
+        for character in CHARACTERS:
+            file.write(character + "\n")
 
 
 if __name__ == "__main__":
