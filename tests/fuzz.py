@@ -1,8 +1,8 @@
 """Reads files as the scripts do, in a process of its own: what a file does wrong may hang, crash or fill the memory.
 
 `python fuzz.py FOLDER [FIRST COUNT]` prints a line of JSON for each file in the folder, as it is read: its name, what
-came of it and the seconds. With FIRST and COUNT, these are as many mutations of the files, of which `mutate` makes one
-for each number. A file that takes too long ends the process, as does one that takes too much memory (on Linux).
+came of it and the seconds. With FIRST and COUNT, as many mutations of the files follow, of which `mutate` makes one for
+each number. A file that takes too long ends the process, as does one that takes too much memory (on Linux).
 """
 
 import faulthandler
@@ -120,9 +120,9 @@ def limit_memory() -> None:
 def main(folder: Path, *numbers: int) -> None:
     sources = sorted(folder.glob("*.pkl"))
     limit_memory()
+    for path in sources:
+        report(path, path.name)
     if not numbers:
-        for path in sources:
-            report(path, path.name)
         return
     contents = [path.read_bytes() for path in sources]
     first, count = numbers

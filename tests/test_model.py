@@ -442,14 +442,6 @@ def test_parts_that_do_not_make_a_model_are_refused(model, tmp_path, spoil, mess
         load_model(path)
 
 
-def test_a_small_file_takes_no_large_memory(tmp_path):
-    """Its triangle is 1/4 GiB large; were it one for each of the 64 heads, it would take 16."""
-    config = {"vocab_size": 1, "n_embd": 64, "n_head": 64, "n_layer": 1, "block_size": 2**14}
-    save_model(tmp_path / "model.pkl", GPTLanguageModel(**config), Vocabulary("a"))
-    [limited] = read_apart(tmp_path)
-    assert limited[1] == "works"
-
-
 def test_a_model_cut_short_is_refused(model, tmp_path):
     whole = tmp_path / "model.pkl"
     save_model(whole, model, Vocabulary("abcdefghijk"))
@@ -548,8 +540,6 @@ def test_the_chatbot_talks_with_the_tutorials_model(theirs, run_script):
     flags = ["-model", theirs / "protocol-4.pkl", "-prompt", "abc", "-max_new_tokens", 4, "-dtype", "float32"]
     done = run_script("chatbot.py", *flags, "-vocab", theirs / "vocab.txt")
     assert done.returncode == 0 and done.stdout.startswith("Completion:\nabc")
-    done = run_script("chatbot.py", *flags)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "-vocab vocab.txt" in done.stderr
 
 
 def test_training_starts_from_the_tutorials_model(theirs, run_script, tmp_path):
@@ -599,7 +589,7 @@ def calls(folder: Path) -> dict[str, Call]:
         "getattr": Call(map, Call(getattr, folder / "ran", "touch"), [0o600]),
         "Popen": Call(subprocess.Popen, script),
         "_load_from_bytes": Call(torch.storage._load_from_bytes, legacy.getvalue()),
-        "torch.hub.load": Call(torch.hub.load, str(folder), "make", "local"),
+        "torch.hub.load": Call(partial(torch.hub.load, source="local"), str(folder), "make"),
         "numpy.load": Call(np.load, str(folder / "objects.npy"), None, True),
     }
 
@@ -639,12 +629,12 @@ def as_storage(pickled: bytes) -> bytes:
     return as_pickle(Call(torch.storage._load_from_bytes, inner + pickled), 4)
 
 
-def tensor(size: tuple = (16,), stride: tuple = (1,), start: int = 0, storage: object = Stored()) -> Call:  # noqa: B008
+def tensor(size=(16,), stride=(1,), start=0, storage=Stored()) -> Call:  # noqa: B008
     return Call(torch._utils._rebuild_tensor_v2, storage, start, size, stride, False, {})
 
 
-def in_archive(content) -> bytes:
-    return as_archive(as_pickle(content))
+def one_weight(*arguments, **options) -> bytes:
+    return as_archive(as_pickle({"lm_head.bias": tensor(*arguments, **options)}))
 
 
 def text(characters: str) -> bytes:
@@ -652,17 +642,24 @@ def text(characters: str) -> bytes:
     return b"X" + struct.pack("<I", len(data)) + data
 
 
-def module(parameters: bytes, modules: bytes) -> bytes:
-    """The instructions that make a module."""
-    return b"c__main__\nHead\n)\x81}(" + text("_parameters") + parameters + text("_modules") + modules + b"ub"
+def module(parameters: bytes = b"}", modules: bytes = b"}") -> bytes:
+    """The instructions that make a module of these."""
+    return HEAD + b"}(" + text("_parameters") + parameters + text("_modules") + modules + b"ub"
 
 
-DEEP = b")" + b"\x85" * 10**6  # tuples, on which hash() crashes
+def storage(described: object, count: int, numbers: bytes) -> bytes:
+    return as_storage(as_pickle(described) + as_pickle(["0"]) + struct.pack("<q", count) + numbers)
+
+
+HEAD = b"c__main__\nHead\n)\x81"
+DEEP = b")" + b"\x85" * 250000  # nested tuples, on which hash() crashes
 WIDE = b")q\x00" + b"".join(b"(h%ch%ctq%c" % (i, i, i + 1) for i in range(200))  # 2^200 items
-LAYER, LAYER_END = module(b"}", b"}" + text("a") + b"|s").split(b"|")
+LAYER, LAYER_END = module(modules=b"}" + text("a") + b"|s").split(b"|")
+MANY_WEIGHTS = b"}(" + b"".join(text(str(i)) + b"K\x01" for i in range(10**5)) + b"u"
 SAME_HASH = [i * (2**61 - 1) for i in range(1, 10**5)]
-MANY_NAMES = [f"blocks.{i}.x" for i in range(10**4)] + [f"blocks.0.sa.heads.{i}.x" for i in range(10**4)]
 FLAT = tensor((4, 4), (4, 1))
+LAYERS_AND_HEADS = [f"blocks.{i}.a" for i in range(10**4)] + [f"blocks.0.sa.heads.{i}.a" for i in range(10**4)]
+EMBEDDINGS = ["token_embedding_table.weight", "position_embedding_table.weight"]
 
 ABSURD = {
     "nothing to take": b"\x80\x02\x86.",
@@ -670,33 +667,27 @@ ABSURD = {
     "a mark that is gone": b"\x80\x02]K\x01(0000e.",
     "no end": b"\x80\x02}",
     "nothing remembered": b"\x80\x02h\x05.",
-    "unknown instructions": b"\x80\x02\xff.",
+    "an unknown instruction": b"\x80\x02\xff.",
     "a list in itself": b"\x80\x02]q\x00h\x00a.",
+    "a module in itself": b"\x80\x02" + HEAD + b"q\x00}" + text("_modules") + b"}" + text("a") + b"h\x00ssb.",
     "wide": b"\x80\x02" + WIDE + b".",
     "wide as a key": b"\x80\x02}" + WIDE + b"K\x01s.",
     "wide by doubling": b"\x80\x02)" + b"2\x86" * 200 + b".",
-    "deep": b"\x80\x02" + DEEP + b".",
     "deep as a key": b"\x80\x02}" + DEEP + b"K\x01s.",
-    "deep in a set": b"\x80\x04\x8f(" + DEEP + b"\x90.",
-    "deep in an old set": b"\x80\x02c__builtin__\nset\n]" + DEEP + b"a\x85R.",
+    "deep in a set": b"\x80\x02c__builtin__\nset\n]" + DEEP + b"a\x85R.",
     "deep as a name": b"\x80\x04" + DEEP + text("a") + b"\x93.",
-    "deep as an attribute": b"\x80\x02c__main__\nHead\n)\x81}" + DEEP + b"K\x01sb.",
-    "deep as attributes": b"\x80\x02c__main__\nHead\n)\x81]" + DEEP + b"K\x01\x86ab.",
-    "deep as an argument": b"\x80\x02ccollections\nOrderedDict\n]" + DEEP + b"K\x01\x86a\x85R.",
-    "deep as a storage": as_archive(b"\x80\x02" + DEEP + b"Q."),
+    "deep as an attribute": b"\x80\x02" + HEAD + b"]" + DEEP + b"K\x01\x86ab.",
     "deep as a storage's key": as_archive(b"\x80\x02(" + text("storage") + b"N" + DEEP + b"NK\x10tQ."),
-    "deep as a size": as_archive(b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(" + as_pickle(Stored())[2:-1] + b"K\0" + DEEP + b")tR."),
     "deep as a vocabulary": as_archive(b"\x80\x02}(" + text("weights") + b"}" + text("vocabulary") + DEEP + b"u."),
-    "deep as a shape": as_archive(b"\x80\x02}(" + text("weights") + b"}" + text("config") + DEEP + b"u."),
-    "deep lists": b"\x80\x02" + b"]" * 10**6 + b"a" * (10**6 - 1) + b".",
-    "deep modules": b"\x80\x02" + LAYER * 10**5 + b"N" + LAYER_END * 10**5 + b".",
-    "deep storages": None,
-    "a module in itself": b"\x80\x02c__main__\nHead\n)\x81q\x00}(" + text("_parameters") + b"}" + text("_modules") + b"}" + text("a") + b"h\x00sub.",
-    "a module of a long name": b"\x80\x02" + module(b"}", b"}" + text("a" * 10**5) + module(b"}(" + b"".join(text(str(i)) + b"K\x01" for i in range(10**5)) + b"u", b"}") + b"s") + b".",
-    "a long text again and again": b"\x80\x02" + text("a" * 10**5) + b"q\x00(" + b"c_codecs\nencode\nh\x00N\x86R" * 10**5 + b"l.",
-    "lists as keys": b"\x80\x02}]K\x01s.",
+    "deep lists": b"\x80\x02" + b"]" * 10**5 + b"a" * (10**5 - 1) + b".",
+    "deep modules": b"\x80\x02" + LAYER * 5000 + b"N" + LAYER_END * 5000 + b".",
+    "a long name before many": b"\x80\x02"
+    + module(modules=b"}" + text("a" * 10**5) + module(MANY_WEIGHTS) + b"s")
+    + b".",
+    "a long text many times": text("a" * 10**5) + b"q\x00(" + b"c_codecs\nencode\nh\x00N\x86R" * 10**5 + b"l.",
+    "a list as a key": b"\x80\x02}]K\x01s.",
     "a set of lists": b"\x80\x04\x8f(]]\x90.",
-    "keys of the same hash": as_pickle(dict.fromkeys(SAME_HASH)),
+    "keys of the same hash": b"}(" + b"".join(b"L%dL\nN" % i for i in SAME_HASH) + b"u.",
     "places of the same hash": b"]" + b"".join(b"p%d\n" % i for i in SAME_HASH) + b".",
     "a far place": b"\x80\x02]r\xff\xff\xff\x7f.",
     "a text of 2^60": b"\x80\x04\x8d" + struct.pack("<Q", 2**60) + b"a.",
@@ -706,39 +697,37 @@ ABSURD = {
     "a number of -1 bytes": b"\x80\x02\x8b\xff\xff\xff\xff\x01.",
     "a number of 10^6 digits": b"L" + b"9" * 10**6 + b"L\n.",
     "a number of 10^6 bytes": as_pickle({"weights": {}, "config": {"n_embd": 2 ** (8 * 10**6)}}),
-    "layers times heads": in_archive(
-        {"token_embedding_table.weight": FLAT, "position_embedding_table.weight": FLAT, **dict.fromkeys(MANY_NAMES, FLAT)}
-    ),
-    "attributes without names": b"\x80\x02c__main__\nHead\n)\x81]b.",
-    "a module for a weight": b"\x80\x02}" + text("a") + module(b"}", b"}") + b"s.",
-    "a far start": in_archive({"a": tensor(start=1)}),
-    "a negative start": in_archive({"a": tensor(start=-1)}),
-    "a start of 2^70": in_archive({"a": tensor(start=2**70)}),
-    "a size beyond the storage": in_archive({"a": tensor((17,))}),
-    "a stride beyond the storage": in_archive({"a": tensor((2,), (16,))}),
-    "a size of 2^40": in_archive({"a": tensor((2**40,), (0,))}),
-    "a size of 2^64": in_archive({"a": tensor((2**32, 2**32), (0, 0))}),
-    "a size of 2^80": in_archive({"a": tensor((2**40, 2**40), (0, 0))}),
-    "a negative size": in_archive({"a": tensor((-1,))}),
-    "a size of text": in_archive({"a": tensor(("1",))}),
-    "a negative stride": in_archive({"a": tensor((2,), (-1,), 2)}),
-    "a stride of 2^62": in_archive({"a": tensor((2,), (2**62,))}),
-    "a storage of more numbers": in_archive({"a": tensor(storage=Stored(count=17))}),
-    "a storage of a wider type": in_archive({"a": tensor(storage=Stored(torch.DoubleStorage))}),
-    "a storage that is missing": in_archive({"a": tensor(storage=Stored(key="1"))}),
-    "a storage outside": in_archive({"a": tensor(storage=Stored(key="../data.pkl"))}),
-    "a storage of no name": in_archive({"a": tensor(storage=Stored(key=0))}),
-    "no storage": in_archive({"a": tensor(storage=None)}),
-    "a storage without numbers": as_storage(as_pickle(Stored()) + as_pickle(["0"])),
-    "a storage of fewer numbers": as_storage(as_pickle(Stored()) + as_pickle(["0"]) + struct.pack("<q", 2) + bytes(4)),
-    "a storage of 2^62 numbers": as_storage(as_pickle(Stored()) + as_pickle(["0"]) + struct.pack("<q", 2**62) + bytes(4)),
-    "a storage of nothing": as_storage(as_pickle(None) + as_pickle(["0"]) + struct.pack("<q", 1) + bytes(4)),
+    "layers times heads": as_archive(as_pickle(dict.fromkeys(EMBEDDINGS + LAYERS_AND_HEADS, FLAT))),
+    "attributes without names": b"\x80\x02" + HEAD + b"]b.",
+    "a module for a weight": b"\x80\x02}" + text("a") + module() + b"s.",
+    "a start beyond the storage": one_weight(start=1),
+    "a negative start": one_weight(start=-1),
+    "a start of 2^70": one_weight(start=2**70),
+    "a size beyond the storage": one_weight((17,)),
+    "a stride beyond the storage": one_weight((2,), (16,)),
+    "a size of 2^40": one_weight((2**40,), (0,)),
+    "a size of 2^64": one_weight((2**32, 2**32), (0, 0)),
+    "a size of 2^80": one_weight((2**40, 2**40), (0, 0)),
+    "a negative size": one_weight((-1,)),
+    "a size of text": one_weight(("1",)),
+    "a negative stride": one_weight((2,), (-1,), 2),
+    "a stride of 2^62": one_weight((2,), (2**62,)),
+    "a storage of more numbers": one_weight(storage=Stored(count=17)),
+    "a storage of a wider type": one_weight(storage=Stored(torch.DoubleStorage)),
+    "a storage that is missing": one_weight(storage=Stored(key="1")),
+    "a storage outside": one_weight(storage=Stored(key="../data.pkl")),
+    "a storage without a key": one_weight(storage=Stored(key=0)),
+    "no storage": one_weight(storage=None),
+    "an inner storage cut short": storage(Stored(), 2, bytes(4)),
+    "an inner storage of 2^62": storage(Stored(), 2**62, bytes(4)),
+    "an inner storage of nothing": storage(None, 1, bytes(4)),
     "compressed": as_archive(b"}.", compression=zipfile.ZIP_DEFLATED),
-    "a bomb": as_archive(b"}.", ("m/data/1", bytes(10**9)), compression=zipfile.ZIP_DEFLATED),
+    "a bomb": as_archive(b"}.", ("m/data/1", bytes(10**8)), compression=zipfile.ZIP_DEFLATED),
     "two pickles": as_archive(b"}.", ("n/data.pkl", b"}.")),
-    "a name outside": as_archive(b"}.", ("../outside", b"x"), ("/tmp/outside", b"x")),
+    "a name twice": as_archive(b"}.", ("m/data/0", b"more")),
+    "a name outside": as_archive(b"}.", ("../outside.txt", b"x")),
     "an empty pickle": as_archive(b""),
-}  # fmt: skip
+}
 
 
 def deep_storages() -> bytes:
@@ -756,10 +745,12 @@ def hostile(tmp_path_factory):
     for name, call in calls(folder).items():
         files |= {f"{name} {protocol}": pickle.dumps(call, protocol) for protocol in range(6)}
         files[f"{name} in a dict"] = pickle.dumps({"weights": {"lm_head.bias": call}})
-        files[f"{name} in an archive"] = in_archive({"weights": {}, "vocabulary": call})
+        files[f"{name} in an archive"] = as_archive(as_pickle({"weights": {}, "vocabulary": call}))
         files[f"{name} in a storage"] = as_storage(pickle.dumps(call, 2))
     for name, content in files.items():
         (folder / f"{name}.pkl").write_bytes(content)
+    many_heads = GPTLanguageModel(vocab_size=1, n_embd=64, n_head=64, n_layer=1, block_size=2**14)
+    save_model(folder / "many heads.pkl", many_heads, Vocabulary("a"))
     return {name: rest for name, *rest in read_apart(folder)}, folder
 
 
@@ -771,6 +762,11 @@ def assert_refused(outcome: str, seconds: float, reason: str) -> None:
 @pytest.mark.parametrize("name", ABSURD)
 def test_absurd_files_are_refused(hostile, name):
     assert_refused(*hostile[0][f"{name}.pkl"], "not a (model file|GPTLanguageModel)")
+
+
+def test_the_triangle_is_in_memory_once(hostile):
+    """It is 1/4 GiB large: one for each of the 64 heads, while they are made, would not fit."""
+    assert hostile[0]["many heads.pkl"][0] == "works"
 
 
 def test_calls_in_files_are_refused_and_not_made(hostile, tmp_path):
@@ -803,13 +799,14 @@ def sources(theirs, tmp_path):
 
 def assert_fuzzed(outcomes: list[tuple[str, str, float]], count: int) -> int:
     """Return how many of the files could be read."""
+    originals, outcomes = outcomes[:-count], outcomes[-count:]
+    assert originals and all(result == "works" for _, result, _ in originals)
     wrong = [line for line in outcomes if not re.fullmatch(r"works|refused: [^\n]+", line[1])]
     assert not wrong and len(outcomes) == count
     return sum(result == "works" for _, result, _ in outcomes)
 
 
 def test_mutated_files_load_or_are_refused(sources):
-    assert all(result == "works" for _, result, _ in read_apart(sources))
     assert 0 < assert_fuzzed(read_apart(sources, 0, 150), 150) < 100
 
 
