@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from model import GPTLanguageModel, ModelFileError, Vocabulary, choose_device, load_model, number
+from model import Cache, GPTLanguageModel, ModelFileError, Vocabulary, choose_device, load_model, number
 
 with contextlib.suppress(ImportError):  # not on Windows
     import readline  # noqa: F401  (gives input() arrow keys and a history)
@@ -32,7 +32,7 @@ def answer(prompt: str, model: GPTLanguageModel, vocabulary: Vocabulary, args: a
     """Print the prompt and what the model makes of it, as it is made; several completions whole, one after another."""
     ids = encode_prompt(prompt, vocabulary)
     index = torch.tensor([ids] * args.batch_size, device=args.device)
-    options = {"temperature": args.temperature, "top_k": args.top_k, "generator": args.generator}
+    options = {name: getattr(args, name) for name in ("temperature", "top_k", "generator", "caches")}
     if args.batch_size > 1:
         for i, row in enumerate(model.generate(index, args.max_new_tokens, **options).tolist(), start=1):
             print(f"Completion {i}:\n{vocabulary.decode(row)}")
@@ -43,6 +43,18 @@ def answer(prompt: str, model: GPTLanguageModel, vocabulary: Vocabulary, args: a
             print(vocabulary.decode([token.item()]), end="", flush=True)
     finally:
         print()
+
+
+def capture(model: GPTLanguageModel, caches: list[Cache], args: argparse.Namespace) -> None:
+    """Let a GPU do all the work of a token at a single call, not wait for Python to ask for one operation at a time."""
+    print("compiling the model, which takes up to a minute ...", file=sys.stderr)
+    try:
+        model.compile(mode="reduce-overhead", fullgraph=True)
+        model.generate(torch.zeros(args.batch_size, 1, dtype=torch.long, device=args.device), 4, caches=caches)
+    except Exception as error:  # no compiler, or one of many things that it can't do
+        torch.compiler.set_stance("force_eager")
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        print(f"can't be done here, answers take longer: {reason}", file=sys.stderr)
 
 
 def chat(model: GPTLanguageModel, vocabulary: Vocabulary, args: argparse.Namespace) -> None:
@@ -79,7 +91,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     flag("seed", type=number(int, 0, below=2**63), help="makes answers repeatable; without it, they differ")
     flag("batch_size", type=number(int, 1), default=1, help="completions per prompt")
     flag("device", help="cpu, cuda, cuda:1, ...; without it, cuda if there is one, else cpu")
-    flag("dtype", choices=("float32", "bfloat16"), help="precision of the weights; without it, what is fast here")
+    flag(
+        "dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the weights; without it, what is fast here",
+    )
     args = parser.parse_args(arguments)
     choose_device(parser, args)
     return args
@@ -93,6 +109,9 @@ def run(args: argparse.Namespace) -> int:
     model.to(args.dtype)
     args.generator = torch.Generator(args.device)
     args.generator.seed() if args.seed is None else args.generator.manual_seed(args.seed)
+    args.caches = model.new_caches(args.batch_size)
+    if args.device.type == "cuda":
+        capture(model, args.caches, args)
     if args.prompt is not None:
         answer(args.prompt, model, vocabulary, args)
     else:

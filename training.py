@@ -48,7 +48,7 @@ from model import (
 
 RANK = int(os.environ.get("RANK", 0))  # of this process among those that torchrun has started
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many these are
-BETAS = (0.9, 0.95)
+BETAS = (0.9, 0.99)
 STEP, EVALUATION = 0, 1  # what rows of text are drawn for
 CHUNK = 2**24  # bytes
 ADAMW_SHARE = 0.075  # AdamW's learning rate beside Muon, as a share of Muon's
@@ -494,6 +494,7 @@ class Run:
                 self.seconds = time.monotonic() - started
                 bar.set_description(f"step {self.step}/{args.max_iters}", refresh=False)
                 if bar.update(tokens):  # reading the loss waits for the device, so do it only when the bar is drawn
+                    self.check(loss.item())
                     bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
                 evaluating = self.step % args.eval_interval == 0 or self.step == args.max_iters
                 if evaluating:
@@ -565,18 +566,18 @@ class Interruption:
     """
 
     def __enter__(self) -> "Interruption":
-        self.signal = 0
+        self.noted = self.signal = 0
         self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def note(self, number: int, frame) -> None:
-        self.signal = number
+        self.noted = number
         if WORLD_SIZE == 1:
             self.__exit__()
 
     def agreed(self) -> int:
         """The signal that any process has received, or 0: all of them have to end after the same step."""
-        self.signal = int(over_processes(torch.tensor(self.signal), "MAX"))
+        self.signal = int(over_processes(torch.tensor(self.noted), "MAX"))
         return self.signal
 
     def __exit__(self, *_) -> None:

@@ -12,9 +12,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def popen_options(name: str, args: tuple, cwd: Path) -> dict:
+def popen_options(name: str, args: tuple, cwd: Path, processes: int = 1) -> dict:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return {
-        "args": [sys.executable, str(ROOT / name), *map(str, args)],
+        "args": [sys.executable, *(torchrun if processes > 1 else []), str(ROOT / name), *map(str, args)],
         "cwd": cwd,
         "env": {**os.environ, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"},  # fast enough for tiny models
         "encoding": "utf-8",
@@ -37,17 +38,20 @@ def run_script(tmp_path):
 def start_script(tmp_path):
     """`start_script("training.py", ...)` starts it in a process group of its own and gives the Popen, for signals.
 
-    What is left of the group is killed when the test ends.
+    With `processes=2`, torchrun starts it twice. What is left of the group is killed when the test ends.
     """
     started = []
 
-    def start(name: str, *args, cwd: Path = tmp_path, **options) -> subprocess.Popen:
-        options = {**popen_options(name, args, cwd), "stdin": subprocess.DEVNULL, "start_new_session": True, **options}
-        started.append(subprocess.Popen(**options))
+    def start(name: str, *args, cwd: Path = tmp_path, processes: int = 1, **options) -> subprocess.Popen:
+        options = {"stdin": subprocess.DEVNULL, "start_new_session": True, **options}
+        started.append(subprocess.Popen(**popen_options(name, args, cwd, processes) | options))
         return started[-1]
 
     yield start
     for process in started:
+        if process.poll() is None and "torch.distributed.run" in process.args:
+            process.terminate()  # torchrun's processes are in groups of their own, which it ends within 30 seconds
+            process.wait(timeout=60)
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()

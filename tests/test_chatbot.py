@@ -1,5 +1,6 @@
 """chatbot.py: what a person types and sees, alone and piped."""
 
+import argparse
 import io
 import signal
 import subprocess
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 import chatbot
-from model import GPTLanguageModel, Vocabulary, save_model
+from model import GPTLanguageModel, Vocabulary, load_model, save_model
 
 CHARACTERS = "\n abcdefghijklmnopqrstuvwxyz"
 
@@ -108,6 +109,22 @@ def test_a_prompt_longer_than_the_window_is_shown_whole(chat):
 def test_both_precisions_answer(chat, dtype):
     status, output, _ = chat("-prompt", "a", "-dtype", dtype)
     assert status == 0 and len(completion(output)) == 151
+
+
+def test_what_can_not_be_compiled_is_answered_as_it_is(folder, capsys, monkeypatch):
+    def broken(**options):
+        raise RuntimeError("no working compiler\nand a long story")
+
+    model, _ = load_model(folder / "model-01.pkl")
+    args = argparse.Namespace(batch_size=2, device=torch.device("cpu"))
+    caches = model.new_caches(2)
+    monkeypatch.setattr(model, "compile", broken)
+    try:
+        chatbot.capture(model, caches, args)
+    finally:
+        torch.compiler.set_stance("default")
+    assert capsys.readouterr().err.endswith("can't be done here, answers take longer: no working compiler\n")
+    assert model.generate(torch.zeros(2, 1, dtype=torch.long), 5, caches=caches).shape == (2, 6)
 
 
 def test_a_reader_that_has_seen_enough_ends_the_chat_quietly(start_script, folder):

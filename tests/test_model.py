@@ -222,7 +222,9 @@ def test_dropout_on_attention_weights_drops_whole_weights_at_the_right_scale():
     attention = MultiHeadAttention(num_heads=2, head_size=32, n_embd=64, block_size=32, dropout=0.25)
     eye = torch.eye(32).expand(500, 2, 32, 32)
     equal = torch.zeros(500, 2, 32, 32)
-    weights = attention.heads[0].attend(equal, equal, eye)  # values that show the weights themselves
+    weights = attention.heads[0].attend(
+        equal, equal, eye, attention.heads[0].tril
+    )  # values that show the weights themselves
     kept = weights[:, :, -1] != 0
     assert kept.float().mean().item() == pytest.approx(0.75, abs=0.01)
     torch.testing.assert_close(weights[:, :, -1][kept].unique(), torch.tensor([1 / 32 / 0.75]))
@@ -256,13 +258,40 @@ def test_a_trained_models_greedy_text_equals_the_uncached_models():
 
 
 @pytest.mark.parametrize("lengths", [[16], [1] * 16, [5, 1, 1, 9], [15, 1]])
+@pytest.mark.parametrize("whole", [True, False], ids=["as on a GPU", "as on a CPU"])
 @pytest.mark.parametrize("gradients", [True, False])
-def test_cached_logits_equal_the_whole_models(model, lengths, gradients):
-    index = random_ids(2, 16)
+def test_cached_logits_equal_the_whole_models(model, lengths, gradients, whole):
+    index, positions = random_ids(2, 16), torch.arange(16)
     caches = model.new_caches(2)
+    for cache in caches:
+        cache.whole = whole
     with torch.set_grad_enabled(gradients):
-        parts = [model(part, caches=caches)[0] for part in index.split(lengths, dim=1)]
+        parts = [
+            model(*part, caches=caches)[0]
+            for part in zip(index.split(lengths, dim=1), [None] * 16, positions.split(lengths))
+        ]
     torch.testing.assert_close(torch.cat(parts, dim=1), model(index)[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture
+def compiler():
+    """What torch has compiled, and how it is to use it, is forgotten before and after."""
+    torch.compiler.reset()
+    yield torch.compiler
+    torch.compiler.set_stance("default")
+    torch.compiler.reset()
+
+
+def test_the_work_for_a_token_is_one_graph_that_fits_every_token(model, compiler):
+    prompt = random_ids(2, 3)
+    expected = model.generate(prompt, 40, temperature=0)
+    caches = model.new_caches(2)
+    for cache in caches:
+        cache.whole = True  # as on a GPU
+    model.compile(backend="eager", fullgraph=True)
+    model.generate(prompt[:, :1], 2, caches=caches)
+    compiler.set_stance("fail_on_recompile")
+    assert model.generate(prompt, 40, temperature=0, caches=caches).equal(expected)
 
 
 def test_beyond_the_window_the_model_sees_at_least_half_of_it(model):
@@ -303,7 +332,7 @@ def test_sampling_follows_temperature_and_top_k(model):
 
 def test_a_very_low_temperature_is_greedy(model):
     prompt = random_ids(2, 4)
-    assert model.generate(prompt, 9, 1e-40).equal(model.generate(prompt, 9, temperature=0))
+    assert model.generate(prompt, 9, temperature=1e-40).equal(model.generate(prompt, 9, temperature=0))
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -2,10 +2,13 @@
 
 import csv
 import math
+import os
 import random
 import re
 import shlex
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -307,7 +310,7 @@ def test_an_earlier_model_is_kept(texts, capsys):
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_model(texts):
     run_in(texts, "-max_iters", 2)
     before = (texts / "model-01.pkl").read_bytes()
-    with pytest.raises(training.TrainingError, match=r"the loss is (nan|inf) after step 6, at .* -learning_rate"):
+    with pytest.raises(training.TrainingError, match=r"the loss is (nan|inf) after step [1-6], at .* -learning_rate"):
         run_in(texts, "-max_iters", 20, "-eval_interval", 6, "-learning_rate", 1e30, "-warmup_iters", 0)
     assert (texts / "model-01.pkl").read_bytes() == before
 
@@ -696,6 +699,147 @@ def test_a_killed_run_goes_on_to_the_same_end(texts, start_script, run_script):
 @pytest.mark.soak
 def test_a_run_killed_20_times_goes_on_to_the_same_end(texts, start_script, run_script):
     print("went on after steps", check_kills(texts, start_script, run_script, kills=20, steps=8000))
+
+
+# Many processes, parts of a step, precision and compilation
+
+SAME = ["-max_iters", 50, "-eval_interval", 5, "-dropout", 0, "-learning_rate", 0.01, "-dtype", "float32"]
+
+
+def losses(folder: Path) -> list[float]:
+    return [float(row[name]) for row in metrics(folder) for name in ("train_loss", "val_loss")]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_in_parts_learns_as_a_whole_one_does(texts, optimizer):
+    run_in(texts, *SAME, "-optimizer", optimizer)
+    whole = losses(texts)
+    run_in(texts, *SAME, "-optimizer", optimizer, "-grad_accum", 4)
+    assert losses(texts) == pytest.approx(whole, abs=1e-4) and min(whole) < max(whole) - 0.2
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_two_processes_learn_as_one_and_go_on_as_one(texts, start_script, capsys, optimizer):
+    run_in(texts, *SAME, "-optimizer", optimizer)
+    alone = losses(texts)
+    run = start_script("training.py", *TINY, *SAME, "-optimizer", optimizer, "-model", "two.pkl", processes=2)
+    output, errors = run.communicate(timeout=120)
+    assert run.returncode == 0, errors
+    assert "2 processes" in output and output.count("best model") == 1  # the first process speaks for all
+    (texts / "two.metrics.csv").replace(texts / "model-01.metrics.csv")
+    assert losses(texts) == pytest.approx(alone, abs=1e-4)
+    capsys.readouterr()
+    assert go_on(["-data_dir", texts, "-model", texts / "two.pkl", "-resume", "-max_iters", 51]) == 0
+    assert "after step 50 of 51" in capsys.readouterr().out
+
+
+def test_processes_share_the_rows_of_a_step(texts, monkeypatch):
+    text, recipe = open_text(texts, 8), args("-batch_size", 12)
+    whole = training.get_batch(text, 7, recipe)
+    monkeypatch.setattr(training, "WORLD_SIZE", 3)
+    for rank in range(3):
+        monkeypatch.setattr(training, "RANK", rank)
+        for part, rows in zip(training.get_batch(text, 7, recipe), whole):
+            assert part.equal(rows[4 * rank : 4 * rank + 4])
+
+
+@pytest.mark.parametrize(
+    ("processes", "flags", "fits"),
+    [(8, ["-batch_size=100"], "96 and 104"), (2, ["-grad_accum=3"], "6 can"), (1, ["-grad_accum=3"], "3 and 6")],
+)
+def test_rows_that_do_not_divide_are_an_error_that_says_which_do(monkeypatch, capsys, processes, flags, fits):
+    monkeypatch.setattr(training, "WORLD_SIZE", processes)
+    with pytest.raises(SystemExit) as end:
+        args(*flags)
+    errors = capsys.readouterr().err
+    assert end.value.code == 2 and "argument -batch_size" in errors and fits in errors
+
+
+def children(process) -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+    return sorted(map(int, found.stdout.split()))
+
+
+needs_pgrep = pytest.mark.skipif(shutil.which("pgrep") is None, reason="finds the processes with pgrep")
+
+
+@needs_pgrep
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_dies_takes_the_others_down_by_name(texts, start_script, victim):
+    run = start_script("training.py", *ENDLESS, processes=2)
+    wait_for(run, "loss")
+    pid = children(run)[victim]
+    os.kill(pid, signal.SIGKILL)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 1 and f"pid: {pid}" in errors and "exitcode  : -9" in errors
+
+
+@needs_pgrep
+@pytest.mark.parametrize("receiver", ["torchrun", "one process"])
+def test_interrupted_processes_end_after_the_same_step(texts, start_script, receiver):
+    run = start_script("training.py", *ENDLESS, processes=2)
+    wait_for(run, "loss")
+    os.kill(run.pid if receiver == "torchrun" else children(run)[1], signal.SIGTERM)
+    _, errors = run.communicate(timeout=60)
+    command = "torchrun --nproc_per_node=2 training.py -resume"
+    (step,) = re.findall(rf"interrupted after step (\d+); to go on: {command}", errors)
+    state = read_model_file(texts / "model-01.state.pkl")["training"]
+    assert run.returncode != 0 and state["progress"][0] == int(step)
+
+
+def test_float16_scales_gradients_and_skips_a_step_that_overflows(texts):
+    recipe = args("-dtype", "float16", "-dropout", 0)
+    model, text = GPTLanguageModel(11, 16, 2, 1, 8, dropout=0.0), open_text(texts, 8)
+    optimizer = training.Optimizer(model, recipe)
+    scale = optimizer.scaler.get_scale()
+    assert scale > 1
+
+    def learn(step: int) -> float:
+        return training.train_step(model, optimizer, training.get_batch(text, step, recipe), step, recipe).item()
+
+    losses = [learn(step) for step in range(60)]
+    assert losses[-1] < losses[0] - 0.3
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    optimizer.scaler.load_state_dict({**optimizer.scaler.state_dict(), "scale": 2.0**120})
+    learn(60)
+    assert_same(dict(model.state_dict()), before)
+    assert optimizer.scaler.get_scale() < 2.0**120
+
+
+def test_a_compiled_model_learns_as_it_is(texts, capsys):
+    run_in(texts, *SAME, "-max_iters", 4)
+    plain = losses(texts)
+    run_in(texts, *SAME, "-max_iters", 4, "-compile", "on")
+    assert losses(texts) == pytest.approx(plain, abs=1e-4)
+    captured = capsys.readouterr()
+    assert "compiled    in" in captured.out or "training goes on without" in captured.err
+
+
+def test_what_can_not_be_compiled_is_trained_as_it_is(texts, capsys, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("no working compiler\nand a long story")
+
+    monkeypatch.setattr(torch, "compile", lambda model: broken)
+    assert run_in(texts, "-max_iters", 2, "-compile", "on") == 0
+    captured = capsys.readouterr()
+    assert "-compile on: can't be done here, training goes on without: no working compiler\n" in captured.err
+
+
+def test_every_step_gets_its_own_rows_and_luck(texts, monkeypatch):
+    """Whatever is drawn ahead of its step, on whichever device."""
+    seen, step = [], training.train_step
+    monkeypatch.setattr(
+        training,
+        "train_step",
+        lambda forward, optimizer, batch, number, recipe: (
+            seen.append((number, batch[0])) or step(forward, optimizer, batch, number, recipe)
+        ),
+    )
+    run_in(texts, "-max_iters", 7, "-eval_interval", 3)
+    text = open_text(texts, 8)
+    assert [number for number, _ in seen] == list(range(7))
+    for number, x in seen:
+        assert x.equal(training.get_batch(text, number, args())[0])
 
 
 # Bad input
