@@ -466,7 +466,9 @@ def read_model_file(path: str | Path) -> dict:
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         try:
-            content = read_archive(file, size) if zipfile.is_zipfile(file) else read_pickle(file)
+            reader = read_archive if zipfile.is_zipfile(file) else unpickle
+            file.seek(0)
+            content = reader(file)
             if "weights" not in content:
                 content = {"weights": weights_of(content) if isinstance(content, Module) else content}
             content["weights"] = float_weights(content["weights"], size)
@@ -570,14 +572,15 @@ class NotDataError(Exception):
 
 
 class Module(dict):
-    """The attributes of a module in a file, whatever its class."""
+    """The attributes of a module in a file, whatever its class; made empty, whatever it is called with in a file."""
 
     def __init__(self):
         super().__init__()
 
 
-def read_archive(file: BinaryIO, size: int):
+def read_archive(file: BinaryIO):
     """The data in a file of `torch.save`: a zip archive with a pickle, and a member for each storage."""
+    size = file.seek(0, os.SEEK_END)
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
         if any(entry.compress_type for entry in entries) or sum(entry.file_size for entry in entries) > size:
@@ -592,14 +595,8 @@ def read_archive(file: BinaryIO, size: int):
     return unpickle(io.BytesIO(members[name]), storage)
 
 
-def read_pickle(file: BinaryIO):
-    """The data in a file of `pickle.dump`."""
-    file.seek(0)
-    return unpickle(file, None)
-
-
 def read_storage(data: bytes) -> torch.Tensor:
-    """A storage inside such a file: five pickles, the count of its numbers, and the numbers."""
+    """A storage inside a file of `pickle.dump`: five pickles, the count of its numbers, and the numbers."""
     file = io.BytesIO(data)
     _magic, _version, _system, identity, _keys = [unpickle(file, lambda *identity: identity) for _ in range(5)]
     (count,) = struct.unpack("<q", file.read(8))
@@ -613,10 +610,17 @@ def numbers(data: bytearray, dtype: torch.dtype, count: int) -> torch.Tensor:
     return storage
 
 
-def unpickle(file: BinaryIO, find_storage: Callable | None):
-    """Follow the instructions of one pickle and return what they build; `find_storage` finds the numbers of a tensor.
+def rebuild_tensor(storage: torch.Tensor, start: int, size: tuple, stride: tuple, *_) -> torch.Tensor:
+    tensor = storage.as_strided(size, stride, start)
+    if not tensor.is_contiguous():  # such as one number in 2^40 places
+        raise ValueError("a tensor whose numbers are not side by side")
+    return tensor
 
-    What is built is a tree: a container that occurs twice can be nested to 2^40 items in 200 bytes.
+
+def unpickle(file: BinaryIO, find_storage: Callable | None = None):
+    """Follow the instructions of one pickle and return what they build; `find_storage` finds what is stored elsewhere.
+
+    That is a tree, never larger than the file allows: only names and short strings may occur again.
     """
     stack, marks, memo = [], [], []
     for instruction, argument, _ in pickletools.genops(file):
@@ -639,7 +643,7 @@ def unpickle(file: BinaryIO, find_storage: Callable | None):
             case "GET" | "BINGET" | "LONG_BINGET":
                 item = memo[argument]
                 if isinstance(item, (tuple, list, dict, bytes)) or (isinstance(item, str) and len(item) > 200):
-                    raise ValueError("repeats what may be large")
+                    raise ValueError("an object that occurs twice: in 200 bytes, such can be nested to 2^40 items")
                 stack.append(item)
             case "NONE" | "NEWTRUE" | "NEWFALSE":
                 stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[instruction.name])
@@ -695,7 +699,7 @@ NAMES = {
     "torch BFloat16Storage": torch.bfloat16,
     "torch BoolStorage": torch.bool,
     "torch.storage _load_from_bytes": read_storage,
-    "torch._utils _rebuild_tensor_v2": lambda storage, start, size, stride, *_: storage.as_strided(size, stride, start),
+    "torch._utils _rebuild_tensor_v2": rebuild_tensor,
     "torch._utils _rebuild_parameter": lambda tensor, *_: tensor,
     "collections OrderedDict": lambda: {},
     "builtins set": list,

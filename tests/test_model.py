@@ -738,6 +738,7 @@ ABSURD = {
     "a size of 2^64": one_weight((2**32, 2**32), (0, 0)),
     "a size of 2^80": one_weight((2**40, 2**40), (0, 0)),
     "a negative size": one_weight((-1,)),
+    "another order": one_weight((4, 4), (1, 4)),
     "a size of text": one_weight(("1",)),
     "a negative stride": one_weight((2,), (-1,), 2),
     "a stride of 2^62": one_weight((2,), (2**62,)),
