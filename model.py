@@ -612,7 +612,7 @@ def numbers(data: bytearray, dtype: torch.dtype, count: int) -> torch.Tensor:
 
 def rebuild_tensor(storage: torch.Tensor, start: int, size: tuple, stride: tuple, *_) -> torch.Tensor:
     tensor = storage.as_strided(size, stride, start)
-    if not tensor.is_contiguous():  # such as one number in 2^40 places
+    if not tensor.is_contiguous():  # such as one number in 2^40 places, none of which an optimizer may write to
         raise ValueError("a tensor whose numbers are not side by side")
     return tensor
 
@@ -645,8 +645,8 @@ def unpickle(file: BinaryIO, find_storage: Callable | None = None):
                 if isinstance(item, (tuple, list, dict, bytes)) or (isinstance(item, str) and len(item) > 200):
                     raise ValueError("an object that occurs twice: in 200 bytes, such can be nested to 2^40 items")
                 stack.append(item)
-            case "NONE" | "NEWTRUE" | "NEWFALSE":
-                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[instruction.name])
+            case name if name in CONSTANTS:
+                stack.append(CONSTANTS[name])
             case name if name in LITERALS:
                 stack.append(argument)
             case "EMPTY_TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3" | "TUPLE":
@@ -688,6 +688,7 @@ def as_dict(items: list) -> dict:
     return dict(zip(keys, items[1::2], strict=True))
 
 
+CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 LITERALS = {
     *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
     *("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8"),
@@ -707,20 +708,17 @@ NAMES = {
     "__builtin__ object": None,
     "copy_reg _reconstructor": lambda module, *_: module(),  # instead of NEWOBJ in protocols 0 and 1
     "_codecs encode": lambda text, _: text.encode("latin1"),  # bytes in protocols 0 to 2
-    "__main__ Head": Module,
-    "__main__ MultiHeadAttention": Module,
-    "__main__ FeedFoward": Module,
-    "__main__ FeedForward": Module,
-    "__main__ Block": Module,
-    "__main__ GPTLanguageModel": Module,
-    "torch.nn.modules.container ModuleList": Module,
-    "torch.nn.modules.container Sequential": Module,
-    "torch.nn.modules.sparse Embedding": Module,
-    "torch.nn.modules.linear Linear": Module,
-    "torch.nn.modules.normalization LayerNorm": Module,
-    "torch.nn.modules.activation ReLU": Module,
-    "torch.nn.modules.dropout Dropout": Module,
 }
+MODULES = {
+    "__main__": ("Head", "MultiHeadAttention", "FeedFoward", "FeedForward", "Block", "GPTLanguageModel"),
+    "torch.nn.modules.container": ("ModuleList", "Sequential"),
+    "torch.nn.modules.sparse": ("Embedding",),
+    "torch.nn.modules.linear": ("Linear",),
+    "torch.nn.modules.normalization": ("LayerNorm",),
+    "torch.nn.modules.activation": ("ReLU",),
+    "torch.nn.modules.dropout": ("Dropout",),
+}
+NAMES |= {f"{module} {name}": Module for module, names in MODULES.items() for name in names}
 
 
 # What training.py and chatbot.py share of their command lines

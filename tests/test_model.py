@@ -852,5 +852,5 @@ def test_many_mutated_files_load_or_are_refused(sources):
 
 @pytest.mark.soak
 def test_files_cut_short_at_any_byte_are_refused(sources):
-    for path in sorted(sources.glob("*.pkl")):
+    for path in (sources / name for name in ("adamw.pkl", "muon.state.pkl", "state_dict.pkl", "protocol-4.pkl")):
         print(f"{path.name}: {assert_cuts_are_refused(path, step=1)} cuts")
