@@ -20,7 +20,7 @@ import torch
 import training
 from model import ModelFileError, Vocabulary, load_model
 
-SECONDS, GIGABYTES = 20, 1  # that a file may take
+SECONDS, GIGABYTES = 60, 1  # that a file may take
 CUT, FLIP, RUN, INSERT, REMOVE, SWAP = range(6)
 
 

@@ -501,7 +501,7 @@ def test_a_failed_save_leaves_the_former_file(model, tmp_path, monkeypatch):
 # The tutorial's own files
 
 
-def run_python(*arguments, cwd: Path, timeout: float = 60) -> str:
+def run_python(*arguments, cwd: Path, timeout: float = 300) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(command, cwd=cwd, env=environment, timeout=timeout, capture_output=True, encoding="utf-8")
@@ -587,7 +587,7 @@ def test_training_starts_from_the_tutorials_model(theirs, run_script, tmp_path):
 # Hostile and damaged files, read in a process of their own
 
 
-def read_apart(folder: Path, *numbers: int, timeout: float = 60) -> list[tuple[str, str, float]]:
+def read_apart(folder: Path, *numbers: int, timeout: float = 300) -> list[tuple[str, str, float]]:
     """Names, what came of them, and seconds, of the model files in a folder, or of mutations of them. See fuzz.py."""
     lines = run_python(ROOT / "tests" / "fuzz.py", folder, *numbers, cwd=folder, timeout=timeout).splitlines()
     return [tuple(json.loads(line)) for line in lines]
@@ -754,7 +754,7 @@ ABSURD = {
     "compressed": as_archive(b"}.", compression=zipfile.ZIP_DEFLATED),
     "a bomb": as_archive(b"}.", ("m/data/1", bytes(10**8)), compression=zipfile.ZIP_DEFLATED),
     "two pickles": as_archive(b"}.", ("n/data.pkl", b"}.")),
-    "a name twice": as_archive(b"}.", ("m/data/0", b"more")),
+    "a name twice": as_archive(b"}.", ("m/data/1", b"more")).replace(b"m/data/1", b"m/data/0"),
     "a name outside": as_archive(b"}.", ("../outside.txt", b"x")),
     "an empty pickle": as_archive(b""),
 }
@@ -786,7 +786,7 @@ def hostile(tmp_path_factory):
 
 def assert_refused(outcome: str, seconds: float, reason: str) -> None:
     assert re.fullmatch(rf"refused: [^\n]*\.pkl: {reason}[^\n]*", outcome)
-    assert seconds < 10
+    assert seconds < 20
 
 
 @pytest.mark.parametrize("name", ABSURD)
