@@ -681,7 +681,7 @@ def storage(described: object, count: int, numbers: bytes) -> bytes:
 
 
 HEAD = b"c__main__\nHead\n)\x81"
-DEEP = b")" + b"\x85" * 200000  # nested tuples, on which hash() crashes
+DEEP = b")" + b"\x85" * 60000  # nested tuples, on which hash() crashes
 WIDE = b")q\x00" + b"".join(b"(h%ch%ctq%c" % (i, i, i + 1) for i in range(200))  # 2^200 items
 LAYER, LAYER_END = module(modules=b"}" + text("a") + b"|s").split(b"|")
 MANY_WEIGHTS = b"}(" + b"".join(text(str(i)) + b"K\x01" for i in range(20000)) + b"u"
