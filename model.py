@@ -8,15 +8,15 @@ import argparse
 import io
 import math
 import os
-import pickle
 import pickletools
 import re
 import struct
-import warnings
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
+from pickletools import markobject
 from typing import BinaryIO
 
 import torch
@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 MAX_BLOCK_SIZE = 2**15  # for which the mask alone takes 1 GiB
+MAX_WEIGHT = 1000.0  # from which on numbers inside the model might become infinite; trained weights are about 1
 
 
 class Dropout(nn.Module):
@@ -101,6 +102,7 @@ class Head(nn.Module):
         return self.dropout(weights) @ v  # a weighted mean of the values
 
 
+@lru_cache(maxsize=1)
 def lower_triangle(block_size: int, device: torch.device | str | None = None) -> torch.Tensor:
     """(block_size, block_size) booleans: row t is True at the time steps that step t may see, those up to t."""
     return torch.ones(block_size, block_size, dtype=torch.bool, device=device).tril()
@@ -410,7 +412,7 @@ class Vocabulary:
         if not text:
             raise ModelFileError(f"{path}: holds no characters; run data_extract.py again")
         windows = re.search(r"(?<!\r)\n", text) is None  # Python's text mode ended every line with \r\n
-        return cls(text.replace("\r", "") if windows else text)
+        return cls(text.replace("\r\n", "\n") if windows else text)
 
     def __len__(self) -> int:
         return len(self.characters)
@@ -442,15 +444,6 @@ def replacing(path: str | Path) -> Iterator:
         temporary.unlink(missing_ok=True)
 
 
-class WithoutInit(TorchFunctionMode):
-    """Within it, modules are left with whatever was in memory: no time is spent on weights that a file replaces."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if getattr(function, "__module__", None) == "torch.nn.init":
-            return kwargs.get("tensor") if kwargs else args[0]
-        return function(*args, **(kwargs or {}))
-
-
 def save_model(path: str | Path, model: GPTLanguageModel, vocabulary: Vocabulary, **more) -> None:
     """Save weights, constructor arguments and vocabulary, all that is needed to use the model. Raises OSError.
 
@@ -466,8 +459,8 @@ def load_model(
 ) -> tuple[GPTLanguageModel, Vocabulary]:
     """The model of a file in eval mode, and its vocabulary, or the one given for a file that has none.
 
-    Reads what `save_model` writes, a `torch.save` of a state_dict, and the tutorial's pickled modules. Only data and
-    tensors are read: no code in the file can run. Raises OSError and ModelFileError.
+    Reads what `save_model` writes and the tutorial's models, whole or as a state_dict, from `pickle.dump` or
+    `torch.save`. Only data and tensors are read: no code in a file can run. Raises OSError and ModelFileError.
     """
     model, vocabulary = build_model(read_model_file(path), path, vocabulary)
     return model.to(device), vocabulary
@@ -476,49 +469,75 @@ def load_model(
 def read_model_file(path: str | Path) -> dict:
     """What `save_model` has put into a file; of other files, the weights alone. Raises OSError and ModelFileError."""
     with open(path, "rb") as file:
-        try:
-            content = read_archive(file) if zipfile.is_zipfile(file) else {"weights": read_module(file)}
-        except Exception as error:  # whatever a damaged or foreign file may cause
-            raise ModelFileError(f"{path}: not a model file: damaged, or holding more than data and tensors") from error
         size = file.seek(0, os.SEEK_END)
-    weights = content.setdefault("weights", dict(content))
-    try:
-        if not all(map(is_plain, weights.values())) or sum(w.nbytes for w in weights.values()) > size:
-            raise ModelFileError(f"{path}: its weights are not finite float32 numbers, all of them in the file")
-        content.setdefault("config", config_of(weights))
-    except (AttributeError, KeyError, IndexError, ValueError) as error:
-        if isinstance(error, ModelFileError):
-            raise
-        raise ModelFileError(f"{path}: not the weights of a GPTLanguageModel") from error
+        try:
+            reader = read_archive if zipfile.is_zipfile(file) else unpickle
+            file.seek(0)
+            content = reader(file)
+            if "weights" not in content:
+                content = {"weights": weights_of(content) if isinstance(content, Module) else content}
+            content["weights"] = float_weights(content["weights"], size)
+        except NotDataError as error:
+            raise ModelFileError(
+                f"{path}: not a model file: it asks for {error}, which no model needs; use one that training.py saved"
+            ) from None
+        except Exception as error:  # whatever a damaged or foreign file may cause
+            raise ModelFileError(f"{path}: not a model file, or a damaged one; train one with training.py") from error
     return content
 
 
-def read_archive(file: BinaryIO) -> dict:
-    """The dict in a `torch.save` file. Raises one of many exceptions for any other."""
-    with zipfile.ZipFile(file) as archive:
-        if sum(entry.file_size for entry in archive.infolist()) > file.seek(0, os.SEEK_END):
-            raise ValueError("compressed, so that it may unpack to any size")
-        for name in archive.namelist():
-            if name.endswith("data.pkl"):
-                check_pickle(archive.open(name))
-    file.seek(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the caller's error says it
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    return dict(content)
+def build_model(
+    content: dict, path: str | Path, vocabulary: Vocabulary | None = None
+) -> tuple[GPTLanguageModel, Vocabulary]:
+    """The model in eval mode and the vocabulary of what `read_model_file` has read. Raises ModelFileError."""
+    try:
+        shape = shape_of(content["weights"])
+        config = {**content.get("config", {}), **shape}
+        if config != content.get("config", shape):
+            raise ValueError("a shape that is not that of the weights")
+        with WithoutInit():
+            model = GPTLanguageModel(**config)
+        model.load_state_dict(content["weights"], assign=True)
+        if "vocabulary" in content:
+            if type(content["vocabulary"]) is not str or len(set(content["vocabulary"])) != shape["vocab_size"]:
+                raise ValueError("a vocabulary that is not that of the weights")
+            vocabulary = Vocabulary(content["vocabulary"])
+    except Exception as error:  # parts that are missing, of the wrong type or of the wrong shape
+        raise ModelFileError(
+            f"{path}: not a GPTLanguageModel: weights, shape and vocabulary do not fit; train one with training.py"
+        ) from error
+    for name, weight in content["weights"].items():
+        if not (weight.abs() <= MAX_WEIGHT).all():
+            raise ModelFileError(f"{path}: {name} is NaN or absurd in places; use a file from before that happened")
+    if vocabulary is None:
+        raise ModelFileError(f"{path}: holds no vocabulary; name the vocab.txt it was trained with: -vocab vocab.txt")
+    knows = shape["vocab_size"]
+    if len(vocabulary) == knows + 1:  # the tutorial reads its vocab.txt in Python's text mode, which has no \r
+        vocabulary = Vocabulary(vocabulary.characters.replace("\r", ""))
+    if len(vocabulary) != knows:
+        raise ModelFileError(
+            f"{path}: knows {knows} characters, the given vocabulary has {len(vocabulary)}; "
+            "name the vocab.txt it was trained with: -vocab vocab.txt"
+        )
+    return model.eval(), vocabulary
 
 
-def is_plain(weight: torch.Tensor) -> bool:
-    """Whether a tensor holds finite float32 numbers, each with its own place in memory."""
-    plain = type(weight) is torch.Tensor and weight.layout == torch.strided and weight.device.type == "cpu"
-    return plain and weight.dtype == torch.float32 and weight.is_contiguous() and bool(weight.isfinite().all())
+class WithoutInit(TorchFunctionMode):
+    """Within it, modules are left with whatever was in memory: no time is spent on weights that a file replaces."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return kwargs.get("tensor") if kwargs else args[0]
+        return function(*args, **(kwargs or {}))
 
 
-def config_of(weights: dict[str, torch.Tensor]) -> dict:
-    """The constructor's arguments that fit the weights, but for dropout. Raises KeyError for other weights."""
+def shape_of(weights: dict[str, torch.Tensor]) -> dict[str, int]:
+    """The constructor's arguments that fit the weights. Raises one of many exceptions for other weights."""
     vocab_size, n_embd = weights["token_embedding_table.weight"].shape
     layers = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
     heads = {name.split(".")[4] for name in weights if name.startswith("blocks.0.sa.heads.")}
+    if len(weights) != 6 + len(layers) * (10 + 3 * len(heads)):
+        raise ValueError("weights that are missing, before it takes time to build a model for them")
     return {
         "vocab_size": vocab_size,
         "n_embd": n_embd,
@@ -528,136 +547,183 @@ def config_of(weights: dict[str, torch.Tensor]) -> dict:
     }
 
 
-def build_model(
-    content: dict, path: str | Path, vocabulary: Vocabulary | None = None
-) -> tuple[GPTLanguageModel, Vocabulary]:
-    """The model in eval mode and the vocabulary that `read_model_file` has read. Raises ModelFileError."""
-    try:
-        weights = content["weights"]
-        config = {**content["config"], **config_of(weights)}
-        if config != content["config"]:
-            raise ValueError("a shape that is not that of the weights")
-        with WithoutInit():
-            model = GPTLanguageModel(**config)
-        model.load_state_dict(weights, assign=True)
-        vocabulary = Vocabulary(content["vocabulary"]) if "vocabulary" in content else vocabulary
-    except Exception as error:  # parts that are missing, of the wrong type or of the wrong shape
-        raise ModelFileError(f"{path}: not the weights of a GPTLanguageModel") from error
-    if vocabulary is None:
-        raise ModelFileError(
-            f"{path}: holds no vocabulary; name the vocab.txt that it was trained with: -vocab vocab.txt"
-        )
-    if len(vocabulary) != config["vocab_size"]:
-        raise ModelFileError(
-            f"{path}: knows {config['vocab_size']} characters and its vocabulary has {len(vocabulary)}; "
-            "name the vocab.txt that it was trained with: -vocab vocab.txt"
-        )
-    return model.eval(), vocabulary
+def float_weights(weights: dict[str, torch.Tensor], size: int) -> dict[str, torch.Tensor]:
+    """The weights in float32, each with memory of its own, less the triangles, which the tutorial saves with them.
 
-
-# The tutorial's files are pickles of whole modules, which Python would run as a program. Here, what is read is checked
-# to be plain first, and every name in it is looked up in a table of the few that such a file needs.
-
-
-def check_pickle(file: BinaryIO) -> None:
-    """Read the instructions of one pickle, following none. Raises ValueError for what no model needs.
-
-    That is, for a container that occurs more than once: in 200 bytes such can be nested to 2^40 items, on which any
-    hash or error message hangs. Only strings and names are repeated in models.
+    Raises one of many exceptions for anything else, and for more numbers than a file of this size can hold.
     """
-    kinds, previous = [], ""
-    for instruction, argument, _ in pickletools.genops(file):
-        kind = instruction.name
-        if kind == "MEMOIZE" or kind.endswith("PUT"):
-            if argument not in (None, len(kinds)):
-                raise ValueError("objects remembered out of order")
-            kinds.append(previous)
-        elif kind.endswith("GET"):
-            kind = kinds[int(argument)]
-            if not kind.endswith(("UNICODE", "GLOBAL")):
-                raise ValueError("an object that occurs more than once")
-        elif kind == "DUP":
-            raise ValueError("an object that occurs more than once")
-        previous = kind
+    if sum(weight.nbytes for weight in weights.values()) > size:
+        raise ValueError("more numbers than the file has")
+    return {name: torch.empty(w.shape).copy_(w) for name, w in weights.items() if not name.endswith(".tril")}
 
 
-class Shell:
-    """Stands for any module of a file: holds its attributes and does nothing."""
+def weights_of(module: "Module", prefix: str = "") -> dict[str, torch.Tensor]:
+    """The weights of a whole module by their names. Raises one of many exceptions for anything else."""
+    if len(prefix) > 100:
+        raise ValueError("modules that are nested deeper than a model's")
+    weights = {prefix + name: weight for name, weight in module["_parameters"].items() if weight is not None}
+    for name, child in module["_modules"].items():
+        weights |= weights_of(child, f"{prefix}{name}.")
+    return weights
 
 
-class ModuleUnpickler(pickle.Unpickler):
-    """Builds shells, tensors and plain data. Raises UnpicklingError for every name that is not in its table."""
+# A pickle is a program for a machine with a stack, which Python's own unpickler lets build anything and call anything.
+# The one here has only what data takes, and what it may call is listed in NAMES. The functions raise one of many
+# exceptions for what is no such pickle.
 
-    def find_class(self, module: str, name: str):
-        if (module, name) not in NAMES:
-            raise pickle.UnpicklingError(f"the name {module}.{name}")
-        return NAMES[module, name]
 
-    def persistent_load(self, identity: tuple) -> tuple:
-        return identity
+class NotDataError(Exception):
+    """A pickle asks for something that no model needs; the message names it."""
+
+
+class Module(dict):
+    """The attributes of a module in a file, whatever its class; made empty, whatever it is called with in a file."""
+
+    def __init__(self):
+        super().__init__()
+
+
+def read_archive(file: BinaryIO):
+    """The data in a file of `torch.save`: a zip archive with a pickle, and a member for each storage."""
+    size = file.seek(0, os.SEEK_END)
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        if any(entry.compress_type for entry in entries) or sum(entry.file_size for entry in entries) > size:
+            raise ValueError("members that take more memory than the file")
+        members = {name: bytearray(archive.read(name)) for name in archive.namelist()}
+    [name] = [name for name in members if name.endswith("data.pkl")]
+    folder = name.removesuffix(".pkl") + "/"
+
+    def storage(_, dtype: torch.dtype, key: str, _device, count: int) -> torch.Tensor:
+        return numbers(members[folder + key], dtype, count)
+
+    return unpickle(io.BytesIO(members[name]), storage)
 
 
 def read_storage(data: bytes) -> torch.Tensor:
-    """A storage in torch's format from before 1.6: five pickles, then the count of its numbers and the numbers.
-
-    Raises one of many exceptions for anything but float32.
-    """
+    """A storage inside a file of `pickle.dump`: five pickles, the count of its numbers, and the numbers."""
     file = io.BytesIO(data)
-    _magic, _version, _system, storage, _keys = [unpickle(file) for _ in range(5)]
+    _magic, _version, _system, identity, _keys = [unpickle(file, lambda *identity: identity) for _ in range(5)]
     (count,) = struct.unpack("<q", file.read(8))
-    if storage[1] != "float32" or count * 4 != len(data) - file.tell():
-        raise ValueError("a storage of another kind or size")
-    return torch.frombuffer(bytearray(file.read()), dtype=torch.float32)
+    return numbers(bytearray(file.read()), identity[1], count)
 
 
-NAMES = {
-    ("torch", "FloatStorage"): "float32",
-    ("torch.storage", "_load_from_bytes"): read_storage,
-    ("torch._utils", "_rebuild_tensor_v2"): lambda flat, start, size, stride, *_: flat.as_strided(size, stride, start),
-    ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
-    ("collections", "OrderedDict"): dict,
-    ("builtins", "set"): set,
-    ("__builtin__", "set"): set,  # so called before protocol 3, which also writes bytes as text
-    ("_codecs", "encode"): lambda text, _: text.encode("latin1"),
-    ("__main__", "Head"): Shell,
-    ("__main__", "MultiHeadAttention"): Shell,
-    ("__main__", "FeedFoward"): Shell,
-    ("__main__", "FeedForward"): Shell,
-    ("__main__", "Block"): Shell,
-    ("__main__", "GPTLanguageModel"): Shell,
-    ("torch.nn.modules.container", "ModuleList"): Shell,
-    ("torch.nn.modules.container", "Sequential"): Shell,
-    ("torch.nn.modules.sparse", "Embedding"): Shell,
-    ("torch.nn.modules.linear", "Linear"): Shell,
-    ("torch.nn.modules.normalization", "LayerNorm"): Shell,
-    ("torch.nn.modules.activation", "ReLU"): Shell,
-    ("torch.nn.modules.dropout", "Dropout"): Shell,
+def numbers(data: bytearray, dtype: torch.dtype, count: int) -> torch.Tensor:
+    storage = torch.frombuffer(data, dtype=dtype)
+    if len(storage) != count:
+        raise ValueError("a storage of another size")
+    return storage
+
+
+def rebuild_tensor(storage: torch.Tensor, start: int, size: tuple, stride: tuple, *_) -> torch.Tensor:
+    tensor = storage.as_strided(size, stride, start)
+    if not tensor.is_contiguous():  # such as one number in 2^40 places, none of which an optimizer may write to
+        raise ValueError("a tensor whose numbers are not side by side")
+    return tensor
+
+
+def unpickle(file: BinaryIO, find_storage: Callable | None = None):
+    """Follow the instructions of one pickle and return what they build; `find_storage` finds what is stored elsewhere.
+
+    That is a tree, never larger than the file allows: only names and short strings may occur again.
+    """
+    stack, marks, memo = [], [], []
+    for instruction, argument, _ in pickletools.genops(file):
+        takes = instruction.stack_before  # what it takes off the stack
+        start = marks.pop() - takes.index(markobject) if markobject in takes else len(stack) - len(takes)
+        if start < 0:
+            raise ValueError("takes more than is on the stack")
+        items = stack[start:]
+        del stack[start:]
+        match instruction.name:
+            case "PROTO" | "FRAME":
+                pass
+            case "MARK":
+                marks.append(len(stack))
+            case "PUT" | "BINPUT" | "LONG_BINPUT" | "MEMOIZE":
+                stack += items
+                if argument not in (None, len(memo)):
+                    raise ValueError("remembers objects out of order")
+                memo.append(stack[-1])
+            case "GET" | "BINGET" | "LONG_BINGET":
+                item = memo[argument]
+                if isinstance(item, (tuple, list, dict, bytes)) or (isinstance(item, str) and len(item) > 200):
+                    raise ValueError("an object that occurs twice: in 200 bytes, such can be nested to 2^40 items")
+                stack.append(item)
+            case name if name in CONSTANTS:
+                stack.append(CONSTANTS[name])
+            case name if name in LITERALS:
+                stack.append(argument)
+            case "EMPTY_TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3" | "TUPLE":
+                stack.append(tuple(items))
+            case "EMPTY_LIST" | "LIST" | "EMPTY_SET":  # the sets are of no interest
+                stack.append(items)
+            case "EMPTY_DICT" | "DICT":
+                stack.append(as_dict(items))
+            case "APPEND" | "APPENDS" | "ADDITEMS":
+                items[0].extend(items[1:])
+                stack.append(items[0])
+            case "SETITEM" | "SETITEMS":
+                items[0].update(as_dict(items[1:]))
+                stack.append(items[0])
+            case "GLOBAL" | "STACK_GLOBAL":
+                name = argument or " ".join(items)
+                if name not in NAMES:
+                    raise NotDataError(ascii(name.replace(" ", ".")[:80]))
+                stack.append(NAMES[name])
+            case "REDUCE" | "NEWOBJ":
+                stack.append(items[0](*items[1]))
+            case "BUILD":
+                if isinstance(items[0], Module):
+                    items[0].update(**items[1])
+                stack.append(items[0])
+            case "BINPERSID":
+                stack.append(find_storage(*items[0]))
+            case "STOP":
+                return items[0]
+            case _:
+                raise ValueError("an instruction that no model needs")
+
+
+def as_dict(items: list) -> dict:
+    """Keys and values in turn -> dict. No other keys: Python crashes on the hash of deeply nested tuples."""
+    keys = items[::2]
+    if not all(type(key) is str or (type(key) is int and 0 <= key < 2**31) for key in keys):
+        raise ValueError("keys that no model has")
+    return dict(zip(keys, items[1::2], strict=True))
+
+
+CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+LITERALS = {
+    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
+    *("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8"),
 }
-
-
-def unpickle(file: BinaryIO):
-    """The data in a pickle. Raises one of many exceptions if it is no plain data, module or tensor."""
-    start = file.tell()
-    check_pickle(file)
-    file.seek(start)
-    return ModuleUnpickler(file).load()
-
-
-def read_module(file: BinaryIO) -> dict[str, torch.Tensor]:
-    """The weights of the module in a pickle, by their names. Raises one of many exceptions for anything else."""
-    weights = {}
-
-    def visit(module: Shell, prefix: str) -> None:
-        attributes = vars(module)
-        for name, weight in attributes["_parameters"].items():
-            if weight is not None:
-                weights[prefix + name] = weight
-        for name, child in attributes["_modules"].items():
-            visit(child, f"{prefix}{name}.")
-
-    file.seek(0)
-    visit(unpickle(file), "")
-    return weights
+NAMES = {
+    "torch FloatStorage": torch.float32,
+    "torch DoubleStorage": torch.float64,
+    "torch HalfStorage": torch.float16,
+    "torch BFloat16Storage": torch.bfloat16,
+    "torch BoolStorage": torch.bool,
+    "torch.storage _load_from_bytes": read_storage,
+    "torch._utils _rebuild_tensor_v2": rebuild_tensor,
+    "torch._utils _rebuild_parameter": lambda tensor, *_: tensor,
+    "collections OrderedDict": lambda: {},
+    "builtins set": list,
+    "__builtin__ set": list,  # so called before protocol 3
+    "__builtin__ object": None,
+    "copy_reg _reconstructor": lambda module, *_: module(),  # instead of NEWOBJ in protocols 0 and 1
+    "_codecs encode": lambda text, _: text.encode("latin1"),  # bytes in protocols 0 to 2
+}
+MODULES = {
+    "__main__": ("Head", "MultiHeadAttention", "FeedFoward", "FeedForward", "Block", "GPTLanguageModel"),
+    "torch.nn.modules.container": ("ModuleList", "Sequential"),
+    "torch.nn.modules.sparse": ("Embedding",),
+    "torch.nn.modules.linear": ("Linear",),
+    "torch.nn.modules.normalization": ("LayerNorm",),
+    "torch.nn.modules.activation": ("ReLU",),
+    "torch.nn.modules.dropout": ("Dropout",),
+}
+NAMES |= {f"{module} {name}": Module for module, names in MODULES.items() for name in names}
 
 
 # What training.py and chatbot.py share of their command lines

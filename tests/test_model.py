@@ -1,11 +1,25 @@
 """model.py: the design's maths, generation with and without a full window, and the file a model is kept in."""
 
+import io
+import json
 import math
+import os
+import pickle
+import re
+import struct
+import subprocess
+import sys
+import zipfile
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from reference import PlainGPT
 
+import training
 from model import (
     Dropout,
     GPTLanguageModel,
@@ -17,6 +31,7 @@ from model import (
     save_model,
 )
 
+ROOT = Path(__file__).resolve().parent.parent
 SHAPE = {"vocab_size": 11, "n_embd": 24, "n_head": 3, "n_layer": 2, "block_size": 16}
 
 
@@ -415,51 +430,84 @@ def test_the_file_holds_only_data_and_tensors(model, tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    [
-        b"",
-        b"no pickle",
-        b"\x80\x04cos\nsystem\n(S'echo'\ntR.",
-        {"weights": {}},
-        {"config": {**SHAPE, "dropout": 0.0}, "vocabulary": "abcdefghijk", "weights": {}},
-        {"config": {**SHAPE, "layers": 1}, "vocabulary": "abcdefghijk", "weights": {}},
-        ["a list"],
-    ],
+    [b"", b"no pickle", b"\x80\x04", b".", b"PK\x05\x06" + bytes(18), ["a list"], "text", 1, None, {1: 2}],
+    ids=str,
 )
-def test_a_damaged_or_foreign_file_is_refused_by_name(tmp_path, content):
+def test_a_foreign_file_is_refused_by_name(tmp_path, content):
     path = tmp_path / "model.pkl"
     if isinstance(content, bytes):
         path.write_bytes(content)
     else:
         torch.save(content, path)
-    with pytest.raises(ModelFileError, match=r"model\.pkl: not a model"):
+    with pytest.raises(ModelFileError, match=r"model\.pkl: not a model file, or a damaged one; train one with"):
         load_model(path)
 
 
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda content: content["config"].update(n_layer=10**9), "not a model"),
-        (lambda content: content["config"].update(block_size=10**6), "not a model"),
-        (lambda content: content["weights"].pop("ln_f.bias"), "not a model"),
-        (lambda content: content["weights"].update(more=torch.zeros(1)), "not a model"),
-        (lambda content: content["weights"]["ln_f.bias"].fill_(math.nan), "not finite float32"),
-        (lambda content: content["weights"].update({"ln_f.bias": torch.zeros(24).double()}), "not finite float32"),
-    ],
-)
-def test_weights_that_do_not_make_a_model_are_refused(model, tmp_path, spoil, message):
+def set_weight(content: dict, value: float) -> None:
+    content["weights"]["blocks.1.ln1.bias"][-1] = value
+
+
+SPOILT = [
+    (lambda content: content["config"].update(n_layer=10**9), "do not fit"),
+    (lambda content: content["config"].update(block_size=10**6), "do not fit"),
+    (lambda content: content["config"].update(n_head=1), "do not fit"),
+    (lambda content: content["config"].update(n_embd=24.5), "do not fit"),
+    (lambda content: content["config"].update(n_embd=2**100000), "do not fit"),
+    (lambda content: content["config"].update(vocab_size="11"), "do not fit"),
+    (lambda content: content["config"].update(dropout="0.1"), "do not fit"),
+    (lambda content: content["config"].update(dropout=True), "do not fit"),
+    (lambda content: content["config"].update(dropout=math.nan), "do not fit"),
+    (lambda content: content["config"].update(layers=1), "do not fit"),
+    (lambda content: content["config"].pop("n_layer"), "do not fit"),
+    (lambda content: content.update(config=[1]), "do not fit"),
+    (lambda content: content.update(config=None), "do not fit"),
+    (lambda content: content.update(vocabulary="abc"), "do not fit"),
+    (lambda content: content.update(vocabulary=list("abcdefghijk")), "do not fit"),
+    (lambda content: content.update(vocabulary=11), "do not fit"),
+    (lambda content: content["weights"].clear(), "do not fit"),
+    (lambda content: content["weights"].pop("ln_f.bias"), "do not fit"),
+    (lambda content: content["weights"].update(more=torch.zeros(1)), "do not fit"),
+    (lambda content: content["weights"].update({"ln_f.bias": torch.zeros(23)}), "do not fit"),
+    (lambda content: content["weights"].update({"lm_head.weight": torch.zeros(24, 11)}), "do not fit"),
+    (lambda content: content["weights"].update({"blocks.2.ln1.bias": torch.zeros(24)}), "do not fit"),
+    (lambda content: content["weights"].update({"ln_f.bias": [0.0] * 24}), "not a model file"),
+    (lambda content: content["weights"].update({"ln_f.bias": torch.zeros(1).expand(2**40)}), "not a model file"),
+    (lambda content: content["weights"].update({"ln_f.bias": torch.zeros(1).expand(2**62, 1)}), "not a model file"),
+    (lambda content: content["weights"].update({1: torch.zeros(24)}), "not a model file"),
+    (lambda content: content.update(weights=[torch.zeros(24)]), "not a model file"),
+    (lambda content: content.update(more={(1, 2): 3}), "not a model file"),
+    (partial(set_weight, value=math.nan), "blocks.1.ln1.bias is NaN or absurd in places; use a file from before"),
+    (partial(set_weight, value=-math.inf), "blocks.1.ln1.bias is NaN or absurd in places"),
+    (partial(set_weight, value=1e30), "blocks.1.ln1.bias is NaN or absurd in places"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "message"), SPOILT)
+def test_parts_that_do_not_make_a_model_are_refused(model, tmp_path, spoil, message):
     path = tmp_path / "model.pkl"
     save_model(path, model, Vocabulary("abcdefghijk"))
     content = torch.load(path, weights_only=True)
     spoil(content)
     torch.save(content, path)
-    with pytest.raises(ModelFileError, match=message):
+    with pytest.raises(ModelFileError, match=f"^{re.escape(str(path))}: [^\n]*{message}[^\n]*$"):
         load_model(path)
 
 
-def test_a_vocabulary_that_does_not_fit_is_refused(model, tmp_path):
-    save_model(tmp_path / "model.pkl", model, Vocabulary("abc"))
-    with pytest.raises(ModelFileError, match="vocabulary does not fit"):
-        load_model(tmp_path / "model.pkl")
+def test_a_model_cut_short_is_refused(model, tmp_path):
+    whole = tmp_path / "model.pkl"
+    save_model(whole, model, Vocabulary("abcdefghijk"))
+    assert_cuts_are_refused(whole, step=1999)
+
+
+def assert_cuts_are_refused(path: Path, step: int) -> int:
+    """Cut the file after every `step`-th byte, and after each of the last hundred; return how many times."""
+    data, cut = path.read_bytes(), path.with_name("cut.pkl")
+    ends = [*range(0, len(data) - 100, step), *range(len(data) - 100, len(data))]
+    for end in reversed(ends):
+        cut.write_bytes(data[:end])
+        with pytest.raises(ModelFileError, match=r"cut\.pkl: not a model file[^\n]*$"):
+            load_model(cut, vocabulary=Vocabulary("\n abcdefghi"))
+    return len(ends)
 
 
 def test_a_failed_save_leaves_the_former_file(model, tmp_path, monkeypatch):
@@ -470,3 +518,361 @@ def test_a_failed_save_leaves_the_former_file(model, tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         save_model(path, model, Vocabulary("abcdefghijk"))
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+# The tutorial's own files
+
+
+def run_python(*arguments, cwd: Path, timeout: float = 300) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, env=environment, timeout=timeout, capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, f"{done.stdout[-300:]}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    """A folder with the models that tutorial.py makes, and its vocab.txt."""
+    folder = tmp_path_factory.mktemp("tutorial")
+    run_python(ROOT / "tests" / "tutorial.py", folder, cwd=folder)
+    return folder
+
+
+WAYS = [*(f"protocol-{protocol}" for protocol in range(6)), "saved", "state_dict", "pickled_state_dict"]
+
+
+@pytest.mark.parametrize("name", [*WAYS, *(f"cuda-{way}" for way in WAYS), "float64", "float16", "bfloat16"])
+def test_the_tutorials_models_load(theirs, name):
+    path = theirs / f"{name}.pkl"
+    assert name.startswith("cuda") == (b"cuda:0" in path.read_bytes())
+    model, vocabulary = load_model(path, vocabulary=Vocabulary.from_file(theirs / "vocab.txt"))
+    shape = {"vocab_size": 11, "n_embd": 12, "n_head": 3, "n_layer": 2, "block_size": 8}
+    assert shape.items() <= model.config.items() and vocabulary.characters == "\n abcdefghi"
+    assert {weight.dtype for weight in model.state_dict().values()} == {torch.float32}
+    index, logits = torch.load(theirs / "logits.pt", map_location="cpu")
+    torch.testing.assert_close(model(index)[0], logits[path.name], atol=1e-5, rtol=0)
+
+
+def test_the_tutorials_feed_forward_may_be_spelt_right(theirs, tmp_path):
+    path = tmp_path / "model.pkl"
+    path.write_bytes((theirs / "protocol-0.pkl").read_bytes().replace(b"FeedFoward", b"FeedForward"))
+    assert load_model(path, vocabulary=Vocabulary("\n abcdefghi"))[0].config["n_layer"] == 2
+
+
+def test_a_file_without_a_vocabulary_asks_for_it(theirs):
+    with pytest.raises(ModelFileError, match=r"holds no vocabulary; name the vocab.txt .*: -vocab vocab.txt$"):
+        load_model(theirs / "saved.pkl")
+    with pytest.raises(ModelFileError, match=r"knows 11 characters, the given vocabulary has 3; .* -vocab vocab.txt$"):
+        load_model(theirs / "saved.pkl", vocabulary=Vocabulary("abc"))
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"], ids=["Linux", "Windows"])
+@pytest.mark.parametrize("extra", ["", "\r"])
+def test_the_tutorials_vocabulary_is_what_it_read_itself(theirs, tmp_path, newline, extra):
+    path = tmp_path / "vocab.txt"
+    with open(path, "w", encoding="utf-8", newline=newline) as file:  # what text mode does on these systems
+        for character in sorted("\n abcdefghi" + extra):
+            file.write(character + "\n")
+    characters = sorted(set(path.read_text(encoding="utf-8")))
+    _, vocabulary = load_model(theirs / "saved.pkl", vocabulary=Vocabulary.from_file(path))
+    assert list(vocabulary.characters) == characters == list("\n abcdefghi")
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"], ids=["Linux", "Windows"])
+@pytest.mark.parametrize("characters", ["\n\rab", "\nab", "\n\r"])
+def test_our_vocabulary_survives_a_change_of_line_ends(tmp_path, characters, newline):
+    path = tmp_path / "vocab.txt"
+    path.write_text("".join(f"{c}\n" for c in characters), encoding="utf-8", newline=newline)
+    assert Vocabulary.from_file(path).characters == characters
+
+
+def test_the_chatbot_talks_with_the_tutorials_model(theirs, run_script):
+    flags = ["-model", theirs / "protocol-4.pkl", "-prompt", "abc", "-max_new_tokens", 4, "-dtype", "float32"]
+    done = run_script("chatbot.py", *flags, "-vocab", theirs / "vocab.txt")
+    assert done.returncode == 0 and done.stdout.startswith("Completion:\nabc")
+
+
+def test_training_starts_from_the_tutorials_model(theirs, run_script, tmp_path):
+    for name in ("output_train.txt", "output_val.txt"):
+        (tmp_path / name).write_text("abc def ghi\n" * 30, encoding="utf-8", newline="\n")
+    (tmp_path / "vocab.txt").write_bytes((theirs / "vocab.txt").read_bytes())
+    flags = ["-batch_size", 2, "-max_iters", 1, "-learning_rate", 1e-9, "-compile", "off", "-dtype", "float32"]
+    flags += ["-init_from", theirs / "protocol-4.pkl", "-vocab", theirs / "vocab.txt"]
+    done = run_script("training.py", *flags)
+    assert done.returncode == 0, done.stderr
+    model, _ = load_model(tmp_path / "model-01.pkl")
+    index, logits = torch.load(theirs / "logits.pt", map_location="cpu")
+    torch.testing.assert_close(model(index)[0], logits["protocol-4.pkl"], atol=1e-5, rtol=0)
+
+
+# Hostile and damaged files, read in a process of their own
+
+
+def read_apart(folder: Path, *numbers: int, timeout: float = 300) -> list[tuple[str, str, float]]:
+    """Names, what came of them, and seconds, of the model files in a folder, or of mutations of them. See fuzz.py."""
+    lines = run_python(ROOT / "tests" / "fuzz.py", folder, *numbers, cwd=folder, timeout=timeout).splitlines()
+    return [tuple(json.loads(line)) for line in lines]
+
+
+class Call:
+    """Pickled, it is a call that is made when the pickle is read."""
+
+    def __init__(self, function, *arguments):
+        self.called = (function, arguments)
+
+    def __reduce__(self):
+        return self.called
+
+
+def calls(folder: Path) -> dict[str, Call]:
+    """Calls that leave a file `ran` in the folder."""
+    code = f"open({str(folder / 'ran')!r}, 'w').close()"
+    (folder / "hubconf.py").write_text(f"def make():\n    {code}\n", encoding="utf-8")
+    legacy = io.BytesIO()
+    torch.save(Call(exec, code), legacy, _use_new_zipfile_serialization=False)
+    np.save(folder / "objects.npy", np.array([Call(exec, code)], dtype=object), allow_pickle=True)
+    script = [sys.executable, "-c", code]
+    return {
+        "os.system": Call(os.system, subprocess.list2cmdline(script)),
+        "eval": Call(eval, code),
+        "exec": Call(exec, code),
+        "getattr": Call(map, Call(getattr, folder / "ran", "touch"), [0o600]),
+        "Popen": Call(subprocess.Popen, script),
+        "_load_from_bytes": Call(torch.storage._load_from_bytes, legacy.getvalue()),
+        "torch.hub.load": Call(partial(torch.hub.load, source="local"), str(folder), "make"),
+        "numpy.load": Call(np.load, str(folder / "objects.npy"), None, True),
+    }
+
+
+@dataclass
+class Stored:
+    """Stands for a storage in a pickle of `torch.save`."""
+
+    kind: type = torch.FloatStorage
+    key: object = "0"
+    count: object = 16
+
+
+class ArchivePickler(pickle.Pickler):
+    def persistent_id(self, item):
+        return ("storage", item.kind, item.key, "cpu", item.count) if isinstance(item, Stored) else None
+
+
+def as_pickle(content, protocol: int = 2) -> bytes:
+    file = io.BytesIO()
+    ArchivePickler(file, protocol).dump(content)
+    return file.getvalue()
+
+
+def as_archive(pickled: bytes, *members: tuple[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
+    """What torch.save makes of a pickle; storage 0 has 16 float32."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        for name, content in (("m/data.pkl", pickled), ("m/data/0", bytes(64)), *members):
+            archive.writestr(name, content)
+    return file.getvalue()
+
+
+def as_storage(pickled: bytes) -> bytes:
+    """A storage that holds this pickle where its type and size should be."""
+    inner = b"".join(as_pickle(part) for part in (0x1950A86A20F9469CFC6C, 1001, {}))
+    return as_pickle(Call(torch.storage._load_from_bytes, inner + pickled), 4)
+
+
+def tensor(size=(16,), stride=(1,), start=0, storage=Stored()) -> Call:  # noqa: B008
+    return Call(torch._utils._rebuild_tensor_v2, storage, start, size, stride, False, {})
+
+
+def one_weight(*arguments, **options) -> bytes:
+    return as_archive(as_pickle({"lm_head.bias": tensor(*arguments, **options)}))
+
+
+def text(characters: str) -> bytes:
+    data = characters.encode()
+    return b"X" + struct.pack("<I", len(data)) + data
+
+
+def module(parameters: bytes = b"}", modules: bytes = b"}") -> bytes:
+    """The instructions that make a module of these."""
+    return HEAD + b"}(" + text("_parameters") + parameters + text("_modules") + modules + b"ub"
+
+
+def storage(described: object, count: int, numbers: bytes) -> bytes:
+    return as_storage(as_pickle(described) + as_pickle(["0"]) + struct.pack("<q", count) + numbers)
+
+
+HEAD = b"c__main__\nHead\n)\x81"
+DEEP = b")" + b"\x85" * 60000  # nested tuples, on which hash() crashes
+WIDE = b")q\x00" + b"".join(b"(h%ch%ctq%c" % (i, i, i + 1) for i in range(200))  # 2^200 items
+LAYER, LAYER_END = module(modules=b"}" + text("a") + b"|s").split(b"|")
+MANY_WEIGHTS = b"}(" + b"".join(text(str(i)) + b"K\x01" for i in range(20000)) + b"u"
+SAME_HASH = [i * (2**61 - 1) for i in range(1, 30000)]
+FLAT = tensor((4, 4), (4, 1))
+LAYERS_AND_HEADS = [f"blocks.{i}.a" for i in range(10**4)] + [f"blocks.0.sa.heads.{i}.a" for i in range(10**4)]
+EMBEDDINGS = ["token_embedding_table.weight", "position_embedding_table.weight"]
+
+ABSURD = {
+    "nothing to take": b"\x80\x02\x86.",
+    "no mark": b"\x80\x02t.",
+    "a mark that is gone": b"\x80\x02]K\x01(0000e.",
+    "no end": b"\x80\x02}",
+    "nothing remembered": b"\x80\x02h\x05.",
+    "an unknown instruction": b"\x80\x02\xff.",
+    "a list in itself": b"\x80\x02]q\x00h\x00a.",
+    "a module in itself": b"\x80\x02" + HEAD + b"q\x00}" + text("_modules") + b"}" + text("a") + b"h\x00ssb.",
+    "wide": b"\x80\x02" + WIDE + b".",
+    "wide as a key": b"\x80\x02}" + WIDE + b"K\x01s.",
+    "wide by doubling": b"\x80\x02)" + b"2\x86" * 200 + b".",
+    "deep as a key": b"\x80\x02}" + DEEP + b"K\x01s.",
+    "deep in a set": b"\x80\x02c__builtin__\nset\n]" + DEEP + b"a\x85R.",
+    "deep as a name": b"\x80\x04" + DEEP + text("a") + b"\x93.",
+    "deep as an attribute": b"\x80\x02" + HEAD + b"]" + DEEP + b"K\x01\x86ab.",
+    "deep as a storage's key": as_archive(b"\x80\x02(" + text("storage") + b"N" + DEEP + b"NK\x10tQ."),
+    "deep as a vocabulary": as_archive(b"\x80\x02}(" + text("weights") + b"}" + text("vocabulary") + DEEP + b"u."),
+    "deep lists": b"\x80\x02" + b"]" * 30000 + b"a" * 29999 + b".",
+    "deep modules": b"\x80\x02" + LAYER * 5000 + b"N" + LAYER_END * 5000 + b".",
+    "a long name before many": b"\x80\x02"
+    + module(modules=b"}" + text("a" * 10**5) + module(MANY_WEIGHTS) + b"s")
+    + b".",
+    "a long text many times": text("a" * 10**5) + b"q\x00(" + b"c_codecs\nencode\nh\x00N\x86R" * 10**5 + b"l.",
+    "a list as a key": b"\x80\x02}]K\x01s.",
+    "a set of lists": b"\x80\x04\x8f(]]\x90.",
+    "keys of the same hash": b"}(" + b"".join(b"L%dL\nN" % i for i in SAME_HASH) + b"u.",
+    "places of the same hash": b"]" + b"".join(b"p%d\n" % i for i in SAME_HASH) + b".",
+    "a far place": b"\x80\x02]r\xff\xff\xff\x7f.",
+    "a text of 2^60": b"\x80\x04\x8d" + struct.pack("<Q", 2**60) + b"a.",
+    "bytes of 2^40": b"\x80\x04\x8e" + struct.pack("<Q", 2**40) + b"a.",
+    "bytes of 2^63": b"\x80\x04\x8e" + struct.pack("<Q", 2**63) + b"a.",
+    "a number of 2^31 bytes": b"\x80\x02\x8b\xff\xff\xff\x7f\x01.",
+    "a number of -1 bytes": b"\x80\x02\x8b\xff\xff\xff\xff\x01.",
+    "a number of 10^6 digits": b"L" + b"9" * 10**6 + b"L\n.",
+    "a number of 10^6 bytes": as_pickle({"weights": {}, "config": {"n_embd": 2 ** (8 * 10**6)}}),
+    "layers times heads": as_archive(as_pickle(dict.fromkeys(EMBEDDINGS + LAYERS_AND_HEADS, FLAT))),
+    "attributes without names": b"\x80\x02" + HEAD + b"]b.",
+    "a module for a weight": b"\x80\x02}" + text("a") + module() + b"s.",
+    "a start beyond the storage": one_weight(start=1),
+    "a negative start": one_weight(start=-1),
+    "a start of 2^70": one_weight(start=2**70),
+    "a size beyond the storage": one_weight((17,)),
+    "a stride beyond the storage": one_weight((2,), (16,)),
+    "a size of 2^40": one_weight((2**40,), (0,)),
+    "a size of 2^64": one_weight((2**32, 2**32), (0, 0)),
+    "a size of 2^80": one_weight((2**40, 2**40), (0, 0)),
+    "a negative size": one_weight((-1,)),
+    "another order": one_weight((4, 4), (1, 4)),
+    "a size of text": one_weight(("1",)),
+    "a negative stride": one_weight((2,), (-1,), 2),
+    "a stride of 2^62": one_weight((2,), (2**62,)),
+    "a storage of more numbers": one_weight(storage=Stored(count=17)),
+    "a storage of a wider type": one_weight(storage=Stored(torch.DoubleStorage)),
+    "a storage that is missing": one_weight(storage=Stored(key="1")),
+    "a storage outside": one_weight(storage=Stored(key="../data.pkl")),
+    "a storage without a key": one_weight(storage=Stored(key=0)),
+    "no storage": one_weight(storage=None),
+    "an inner storage cut short": storage(Stored(), 2, bytes(4)),
+    "an inner storage of 2^62": storage(Stored(), 2**62, bytes(4)),
+    "an inner storage of nothing": storage(None, 1, bytes(4)),
+    "compressed": as_archive(b"}.", compression=zipfile.ZIP_DEFLATED),
+    "a bomb": as_archive(b"}.", ("m/data/1", bytes(10**8)), compression=zipfile.ZIP_DEFLATED),
+    "two pickles": as_archive(b"}.", ("n/data.pkl", b"}.")),
+    "a name twice": as_archive(b"}.", ("m/data/1", b"more")).replace(b"m/data/1", b"m/data/0"),
+    "a name outside": as_archive(b"}.", ("../outside.txt", b"x")),
+    "an empty pickle": as_archive(b""),
+}
+
+
+def deep_storages() -> bytes:
+    pickled = as_pickle(None)
+    for _ in range(2000):
+        pickled = as_storage(pickled)
+    return pickled
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    """What came of each hostile file, by its name, and the folder where all of them were read."""
+    folder = tmp_path_factory.mktemp("hostile")
+    files = dict(ABSURD, **{"deep storages": deep_storages()})
+    for name, call in calls(folder).items():
+        files |= {f"{name} {protocol}": pickle.dumps(call, protocol) for protocol in range(6)}
+        files[f"{name} in a dict"] = pickle.dumps({"weights": {"lm_head.bias": call}})
+        files[f"{name} in an archive"] = as_archive(as_pickle({"weights": {}, "vocabulary": call}))
+        files[f"{name} in a storage"] = as_storage(pickle.dumps(call, 2))
+    for name, content in files.items():
+        (folder / f"{name}.pkl").write_bytes(content)
+    many_heads = GPTLanguageModel(vocab_size=1, n_embd=64, n_head=64, n_layer=1, block_size=2**13)
+    save_model(folder / "many heads.pkl", many_heads, Vocabulary("a"))
+    return {name: rest for name, *rest in read_apart(folder)}, folder
+
+
+def assert_refused(outcome: str, seconds: float, reason: str) -> None:
+    assert re.fullmatch(rf"refused: [^\n]*\.pkl: {reason}[^\n]*", outcome)
+    assert seconds < 20
+
+
+@pytest.mark.parametrize("name", ABSURD)
+def test_absurd_files_are_refused(hostile, name):
+    assert_refused(*hostile[0][f"{name}.pkl"], "not a (model file|GPTLanguageModel)")
+
+
+def test_the_triangle_is_in_memory_once(hostile):
+    """It is 64 MiB large: one for each of the 64 heads, while they are made, would not fit."""
+    assert hostile[0]["many heads.pkl"][0] == "works"
+
+
+def test_calls_in_files_are_refused_and_not_made(hostile, tmp_path):
+    outcomes, folder = hostile
+    assert not (folder / "ran").exists()
+    for name, call in calls(tmp_path).items():
+        ways = [*map(str, range(6)), "in a dict", "in an archive", "in a storage"]
+        for way in ways:
+            assert_refused(*outcomes[f"{name} {way}.pkl"], "not a model file")
+        done = pickle.loads(pickle.dumps(call))  # the same does run in Python's own unpickler
+        {map: list, subprocess.Popen: lambda process: process.wait(timeout=60)}.get(type(done), str)(done)
+        (tmp_path / "ran").unlink()
+
+
+@pytest.fixture
+def sources(theirs, tmp_path):
+    """A folder with files of every kind that the scripts read, to be mutated."""
+    for name in ("protocol-0.pkl", "protocol-2.pkl", "protocol-4.pkl", "saved.pkl", "state_dict.pkl", "vocab.txt"):
+        (tmp_path / name).write_bytes((theirs / name).read_bytes())
+    for name in ("output_train.txt", "output_val.txt"):
+        (tmp_path / name).write_text("abc def ghi\n" * 30, encoding="utf-8", newline="\n")
+    flags = ["-device", "cpu", "-batch_size", 4, "-block_size", 8, "-n_embd", 4, "-n_head", 2, "-n_layer", 1]
+    for optimizer in ("adamw", "muon"):
+        files = ["-data_dir", tmp_path, "-model", tmp_path / f"{optimizer}.pkl"]
+        args = training.parse_args([*map(str, [*flags, *files, "-max_iters", 2, "-optimizer", optimizer])])
+        with training.Interruption() as interruption:
+            assert training.run(args, interruption) == 0
+    return tmp_path
+
+
+def assert_fuzzed(outcomes: list[tuple[str, str, float]], count: int) -> int:
+    """Return how many of the files could be read."""
+    originals, outcomes = outcomes[:-count], outcomes[-count:]
+    assert originals and all(result == "works" for _, result, _ in originals)
+    wrong = [line for line in outcomes if not re.fullmatch(r"works|refused: [^\n]+", line[1])]
+    assert not wrong and len(outcomes) == count
+    return sum(result == "works" for _, result, _ in outcomes)
+
+
+def test_mutated_files_load_or_are_refused(sources):
+    assert 0 < assert_fuzzed(read_apart(sources, 0, 150), 150) < 100
+
+
+@pytest.mark.soak
+def test_many_mutated_files_load_or_are_refused(sources):
+    working, slowest = 0, 0
+    for first in range(0, 12000, 1000):
+        outcomes = read_apart(sources, first, 1000, timeout=1200)
+        working += assert_fuzzed(outcomes, 1000)
+        slowest = max(slowest, *(seconds for *_, seconds in outcomes))
+        print(f"{first + 1000} mutated files: {working} work, the others are refused; the slowest took {slowest} s")
+
+
+@pytest.mark.soak
+def test_files_cut_short_at_any_byte_are_refused(sources):
+    for path in (sources / name for name in ("adamw.pkl", "muon.state.pkl", "state_dict.pkl", "protocol-4.pkl")):
+        print(f"{path.name}: {assert_cuts_are_refused(path, step=1)} cuts")

@@ -584,6 +584,12 @@ def first(optimizer_state: dict) -> dict:
     return optimizer_state["optimizer"]["parts"][0][0]
 
 
+def momentum_only(weight_state: dict) -> None:
+    """What Muon keeps for a weight, in place of what AdamW keeps."""
+    weight_state["momentum_buffer"] = weight_state["exp_avg"]
+    del weight_state["exp_avg"], weight_state["exp_avg_sq"], weight_state["step"]
+
+
 DAMAGES = {
     "training is a number": lambda content: content.update(training=3),
     "arguments are numbers": lambda content: content["training"].update(arguments=[1, 2]),
@@ -595,6 +601,11 @@ DAMAGES = {
     "other names": lambda content: first(content["training"]).update(nonsense=torch.zeros(1)),
     "other shapes": lambda content: first(content["training"]).update(exp_avg=torch.zeros(99)),
     "numbers for tensors": lambda content: first(content["training"]).update(exp_avg=1.0),
+    "one number for many": lambda content: first(content["training"]).update(exp_avg=torch.zeros(())),
+    "many steps": lambda content: first(content["training"]).update(step=torch.zeros(11, 16)),
+    "the other optimizer": lambda content: momentum_only(first(content["training"])),
+    "fewer weights": lambda content: content["training"]["optimizer"]["parts"][0].pop(0),
+    "steps before the first": lambda content: content["training"]["progress"].__setitem__(0, -1),
     "no training": lambda content: content.pop("training"),
 }
 

@@ -1,0 +1,139 @@
+"""Reads files as the scripts do, in a process of its own: what a file does wrong may hang, crash or fill the memory.
+
+`python fuzz.py FOLDER [FIRST COUNT]` prints a line of JSON for each file in the folder, as it is read: its name, what
+came of it and the seconds. With FIRST and COUNT, as many mutations of the files follow, of which `mutate` makes one for
+each number. A file that takes too long ends the process, as does one that takes too much memory (on Linux).
+"""
+
+import faulthandler
+import io
+import json
+import os
+import random
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import torch
+
+import training
+from model import ModelFileError, Vocabulary, load_model
+
+SECONDS, GIGABYTES = 60, 1  # that a file may take
+CUT, FLIP, RUN, INSERT, REMOVE, SWAP = range(6)
+
+
+def mutate_bytes(data: bytes, random: random.Random) -> bytes:
+    """One to three times, something is done to a few bits or bytes."""
+    data = bytearray(data)
+    for _ in range(random.choice((1, 1, 1, 2, 3))):
+        start = random.randrange(len(data) + 1)
+        end = start + random.choice((1, 2, 4, 8, 64, 1000))
+        kind = random.choice((CUT, FLIP, FLIP, FLIP, RUN, RUN, INSERT, REMOVE, SWAP))
+        if kind == CUT:
+            del data[start:]
+        elif kind == FLIP and start < len(data):
+            data[start] ^= 1 << random.randrange(8)
+        elif kind == RUN:
+            data[start:end] = random.choice(
+                (bytes(end - start), b"\xff" * (end - start), random.randbytes(end - start))
+            )
+        elif kind == INSERT:
+            data[start:start] = random.randbytes(end - start)
+        elif kind == REMOVE:
+            del data[start:end]
+        elif kind == SWAP:
+            other = random.randrange(len(data) + 1)
+            data[start:end], data[other : other + end - start] = data[other : other + end - start], data[start:end]
+    return bytes(data)
+
+
+def mutate(data: bytes, number: int) -> bytes:
+    """The same for the same number. Most archives are mutated inside, or their checksums would tell."""
+    chance = random.Random(number)
+    if not data.startswith(b"PK") or chance.random() < 0.2:
+        return mutate_bytes(data, chance)
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    pickled = next(name for name in members if name.endswith("data.pkl"))
+    name = pickled if chance.random() < 0.8 else chance.choice(sorted(members))
+    members[name] = mutate_bytes(members[name], chance)
+    mutated = io.BytesIO()
+    with zipfile.ZipFile(mutated, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return mutated.getvalue()
+
+
+def load(path: Path) -> None:
+    """As chatbot.py does."""
+    given = Vocabulary.from_file(path.with_name("vocab.txt")) if path.with_name("vocab.txt").exists() else None
+    model, vocabulary = load_model(path, vocabulary=given)
+    text = model.generate(torch.zeros(1, 1, dtype=torch.long), 3, temperature=1.0)
+    assert len(vocabulary.decode(text[0].tolist())) == 4
+
+
+def resume(path: Path) -> None:
+    """As training.py does, for one step."""
+    folder = path.parent
+    name = path.name.removesuffix(".state.pkl") + ".pkl"
+    args = training.parse_args(["-resume", "-model", str(folder / name)])
+    args.batch_size, args.eval_iters, args.data_dir = 4, 1, folder  # however many there are now
+    run = training.Run(args, *training.starting_model(args))
+    run.restore(args.state)
+    batch = training.get_batch(run.train_text, run.step, args)
+    training.train_step(run.model.train(), run.optimizer, batch, run.step, args)
+
+
+def outcome(path: Path) -> str:
+    errors, sys.stderr = sys.stderr, io.StringIO()
+    try:
+        (resume if path.name.endswith(".state.pkl") else load)(path)
+        return "works"
+    except (ModelFileError, OSError, training.TrainingError) as error:
+        return f"refused: {error}"
+    except SystemExit:
+        return f"refused: {sys.stderr.getvalue().strip()}"
+    except BaseException as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        sys.stderr = errors
+
+
+def report(path: Path, name: str) -> None:
+    faulthandler.dump_traceback_later(SECONDS, exit=True)
+    started = time.perf_counter()
+    result = outcome(path)
+    faulthandler.cancel_dump_traceback_later()
+    print(json.dumps([name, result, round(time.perf_counter() - started, 3)]), flush=True)
+
+
+def limit_memory() -> None:
+    if sys.platform == "linux":
+        import resource
+
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        resource.setrlimit(resource.RLIMIT_AS, (used + GIGABYTES * 2**30,) * 2)
+        resource.setrlimit(resource.RLIMIT_STACK, (2**21,) * 2)  # a quarter, so that less nesting crashes
+
+
+def main(folder: Path, *numbers: int) -> None:
+    sources = sorted(folder.glob("*.pkl"))
+    limit_memory()
+    for path in sources:
+        report(path, path.name)
+    if not numbers:
+        return
+    contents = [path.read_bytes() for path in sources]
+    first, count = numbers
+    for number in range(first, first + count):
+        which = number % len(sources)
+        path = sources[which].with_name(f"mutated-{os.getpid()}-{sources[which].name}")
+        path.write_bytes(mutate(contents[which], number))
+        report(path, f"{number} {sources[which].name}")
+        path.unlink()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
