@@ -23,6 +23,7 @@ import tempfile
 import threading
 import time
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -54,6 +55,15 @@ class DataError(Exception):
 
 class Damaged(Exception):
     """An archive is cut short, corrupt, or not what its name says."""
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an OSError name the file that the block reads or writes; Python's own do so only for its opening."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, error.filename or path) from error
 
 
 # Finding archives ----------------------------------------------------------------------------------------------------
@@ -111,24 +121,16 @@ def is_hidden(name: str) -> bool:
 def archives_in_tar(outer: Archive) -> list[Archive]:
     """The `.xz` members of a tar, and the tar itself if it holds documents too or is damaged."""
     archives, read_itself = [], False
-    with open(outer.path, "rb") as file:
+    with naming(outer.path), open(outer.path, "rb") as file:
         try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
-                    tar.members = []  # which would grow with the tar
-                    if member.size < 0:
-                        raise tarfile.ReadError("negative size")
-                    if member.isreg() and not is_hidden(member.name):
-                        name = f"{outer.name}/{member.name}"
-                        archive = Archive(name, outer.path, member.offset_data, member.size)
-                        if archive.is_xz:
-                            archives.append(archive)
-                        else:
-                            read_itself = True
-                file.seek(tar.offset)  # tarfile ends in silence at a header that is damaged or missing
-                end_mark = file.read(tarfile.BLOCKSIZE)
-                read_itself |= len(end_mark) < tarfile.BLOCKSIZE or any(end_mark)
-        except (tarfile.TarError, ValueError, OSError):
+            for name, size in tar_members(file, file.read(tarfile.BLOCKSIZE), is_outer=True):
+                archive = Archive(f"{outer.name}/{name}", outer.path, file.tell(), size)
+                if archive.is_xz:
+                    archives.append(archive)
+                else:
+                    read_itself = True
+                file.seek(min(size, outer.size), os.SEEK_CUR)
+        except Damaged:
             read_itself = True  # reading it comes upon the damage and reports it like that of any other archive
     return archives if archives and not read_itself else [outer, *archives]
 
@@ -174,13 +176,11 @@ class Unxz(io.RawIOBase):
     def readinto(self, buffer) -> int:
         data = b""
         while not data:
-            packed = b""
+            packed = self.decompressor.unused_data
             if self.decompressor.eof:  # an .xz file may hold several streams in a row, padded with zeros
-                packed = self.decompressor.unused_data.lstrip(b"\0")
-                while not packed:
+                while not (packed := packed.lstrip(b"\0")):
                     if not (packed := self.file.read(1 << 16)):
                         return 0
-                    packed = packed.lstrip(b"\0")
                 self.decompressor = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=XZ_MEMORY)
             elif self.decompressor.needs_input and not (packed := self.file.read(1 << 16)):
                 raise Damaged("it is cut short")
@@ -194,7 +194,7 @@ def read_documents(archive: Archive) -> Iterator[tuple[bytes, bool]]:
 
     No piece ends inside a character or between `\\r` and `\\n`.
     """
-    with open(archive.path, "rb", buffering=0) as file:
+    with naming(archive.path), open(archive.path, "rb", buffering=0) as file:
         file.seek(archive.start)
         window = Window(file, archive.size)
         stream = io.BufferedReader(Unxz(window) if archive.is_xz else window, READ_SIZE)
@@ -205,7 +205,7 @@ def read_documents(archive: Archive) -> Iterator[tuple[bytes, bool]]:
             elif archive.is_tar:
                 raise Damaged("it is not a tar file")
             else:
-                yield from ((piece, False) for piece in split_safely(stream, head))
+                yield from ((piece, False) for piece in split_safely(head.removeprefix(BOM), stream))
                 yield b"", True
             while stream.read(CHUNK):  # an .xz file is known to be sound only when read to its end
                 pass
@@ -223,7 +223,18 @@ def is_tar_header(block: bytes) -> bool:
 
 
 def read_tar(stream: io.BufferedReader, header: bytes, is_outer: bool) -> Iterator[tuple[bytes, bool]]:
-    """Yield the documents of a tar, each without trailing newlines and followed by one blank line.
+    """Yield the documents of a tar, each without trailing newlines and followed by one blank line."""
+    for name, size in tar_members(stream, header, is_outer):
+        if not name.lower().endswith((".xz", ".tar")):
+            yield from read_document(stream, size)
+        elif is_outer and name.lower().endswith(".xz"):
+            skip(stream, size)  # an archive of its own, see archives_in_tar
+        else:
+            raise Damaged(f"it holds another archive, {name!r}; unpack the outer one with tar -xf")
+
+
+def tar_members(stream: io.BufferedReader, header: bytes, is_outer: bool) -> Iterator[tuple[str, int]]:
+    """Yield name and size of a tar's members, less dotfiles, with the stream at their content: to be read or skipped.
 
     Reads only the fields that matter here, which takes 0.5 s per GB of OpenWebText where `tarfile` takes 4.9 s
     (unpacking takes 8 s).
@@ -236,23 +247,19 @@ def read_tar(stream: io.BufferedReader, header: bytes, is_outer: bool) -> Iterat
         if kind in (b"L", b"x"):  # GNU tar's and POSIX pax's way to give the next member a long name or a huge size
             record = read_exactly(stream, min(size, CHUNK))
             extended = {b"path": record} if kind == b"L" else parse_pax(record)
-            skip(stream, size - len(record) + -size % tarfile.BLOCKSIZE)
+            skip(stream, size - len(record))
         else:
-            size = extended.get(b"size", size)
+            size = int(extended.get(b"size", size))
             prefix = header[345:500].rstrip(b"\0") + b"/" if header[257:263] == b"ustar\0" else b""
             name = extended.get(b"path", prefix + header[:100]).rstrip(b"\0").decode("utf-8", "replace")
             extended = {}
             if kind in b"123456":  # links, devices and folders have no content, whatever size they name
                 size = 0
-            if kind not in (b"0", b"\0", b"7") or is_hidden(name):
+            if kind not in (b"0", b"\0", b"7") or name.endswith("/") or is_hidden(name):
                 skip(stream, size)
-            elif name.lower().endswith((".xz", ".tar")):
-                if not is_outer or not name.lower().endswith(".xz"):
-                    raise Damaged(f"it holds another archive, {name!r}; unpack the outer one with tar -xf")
-                skip(stream, size)  # an archive of its own, see archives_in_tar
             else:
-                yield from read_document(stream, size)
-            skip(stream, -size % tarfile.BLOCKSIZE)
+                yield name, size
+        skip(stream, -size % tarfile.BLOCKSIZE)
         header = stream.read(tarfile.BLOCKSIZE)
     if is_outer and not header:  # an .xz file has other means to know that it is whole
         raise Damaged("it is cut short")
@@ -269,23 +276,21 @@ def parse_size(field: bytes) -> int:
     return size
 
 
-def parse_pax(record: bytes) -> dict[bytes, bytes | int]:
+def parse_pax(record: bytes) -> dict[bytes, bytes]:
     fields = dict(re.findall(rb"^\d+ (path|size)=(.*)$", record, re.MULTILINE))
-    if b"size" in fields:
-        if not fields[b"size"].isdigit():
-            raise Damaged("the tar in it is damaged")
-        fields[b"size"] = int(fields[b"size"])
+    if not re.fullmatch(rb"\d{1,20}", fields.get(b"size", b"0")):
+        raise Damaged("the tar in it is damaged")
     return fields
 
 
 def read_document(stream: io.BufferedReader, size: int) -> Iterator[tuple[bytes, bool]]:
+    head = read_exactly(stream, min(size, CHUNK)).removeprefix(BOM)
     if size <= CHUNK:
-        text = read_exactly(stream, size).removeprefix(BOM).rstrip(b"\r\n")
-        if text:
+        if text := head.rstrip(b"\r\n"):
             yield text + b"\n\n", True
         return
     empty, held = True, b""  # line ends that only the next piece shows to be trailing or not
-    for piece in split_safely(Window(stream, size)):
+    for piece in split_safely(head, Window(stream, size - CHUNK)):
         text = (held + piece).rstrip(b"\r\n")
         if text:
             empty = False
@@ -295,9 +300,9 @@ def read_document(stream: io.BufferedReader, size: int) -> Iterator[tuple[bytes,
         yield b"\n\n", True
 
 
-def split_safely(stream: io.IOBase, head: bytes = b"") -> Iterator[bytes]:
-    """Yield `head` and the rest of a stream, less a byte-order mark, cut after a line or at least after a character."""
-    rest = (head or stream.read(CHUNK)).removeprefix(BOM)
+def split_safely(head: bytes, stream: io.IOBase) -> Iterator[bytes]:
+    """Yield `head` and the rest of a stream, cut after a line or at least after a character."""
+    rest = head
     while block := stream.read(CHUNK):
         rest += block
         end = rest.rfind(b"\n") + 1
@@ -331,7 +336,8 @@ class Extracted:
     characters: int = 0
     size: int = 0  # bytes of text
     replaced: int = 0  # invalid byte sequences that became U+FFFD
-    characters_seen: set[str] | str = field(default_factory=set)
+    characters_seen: Counter[str] = field(default_factory=Counter)  # how often: exact below -min_count
+    rare: Counter[str] = field(default_factory=Counter)  # characters seen less often, which became U+FFFD
     damage: str = ""
 
     def add(self, other: "Extracted") -> None:
@@ -348,8 +354,8 @@ class Relay:
     Archive `index` can be written as soon as all before it have said how much text they hold.
     """
 
-    def __init__(self, context: multiprocessing.context.BaseContext, outputs: list[Path]):
-        self.outputs = outputs
+    def __init__(self, context: multiprocessing.context.BaseContext, outputs: list[Path], min_count: int):
+        self.outputs, self.min_count = outputs, min_count
         self.started = context.Semaphore(0)  # released once by every worker
         self.condition = context.Condition()
         self.turn = context.Value("q", 0, lock=False)
@@ -385,80 +391,86 @@ def end_with_parent() -> None:
 
 def extract_archive(index: int, archive: Archive, split: int) -> Extracted:
     """Write an archive's clean text to its place in the output of its split; runs in a worker."""
-    found, held, start = Extracted(), [], None
-    with open(relay.outputs[split], "r+b", buffering=0) as file:
+    found, held, held_size = Extracted(), [], 0
+    with naming(relay.outputs[split]), open(relay.outputs[split], "r+b") as file:
         try:
-            for text in read_clean(archive, found):
+            for text in read_clean(archive, found, relay.min_count):
                 held.append(text)
-                if sum(map(len, held)) > BUFFER:
-                    if start is None:
-                        start = file.seek(relay.wait(index, split))
-                    write_all(file, held)
-                    held.clear()
+                held_size += len(text)
+                if held_size > BUFFER:
+                    file.seek(relay.wait(index, split) + found.size - held_size)
+                    file.writelines(held)
+                    held, held_size = [], 0
         except Damaged as damage:
-            found = Extracted(damage=str(damage))  # the next archive starts where this one did
-            held.clear()
+            found, held, held_size = Extracted(damage=str(damage)), [], 0  # the next archive starts where this one did
         finally:
-            if start is None:
-                start = file.seek(relay.wait(index, split))
-            relay.pass_on(split, start + found.size)
-        write_all(file, held)
+            end = relay.wait(index, split) + found.size
+            relay.pass_on(split, end)
+        file.seek(end - held_size)
+        file.writelines(held)
     return found
 
 
-def write_all(file: io.FileIO, texts: list[bytes]) -> None:
-    """Write to an unbuffered file; its OSErrors, unlike Python's own, name the file."""
-    try:
-        for text in texts:
-            rest = memoryview(text)
-            while rest:
-                rest = rest[file.write(rest) :]
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, file.name) from error
-
-
-def read_clean(archive: Archive, found: Extracted) -> Iterator[bytes]:
+def read_clean(archive: Archive, found: Extracted, min_count: int = 1) -> Iterator[bytes]:
     """Yield an archive's text as valid UTF-8 with `\n` line ends, in chunks, and count in `found` what is in it."""
-    seen = np.zeros(sys.maxunicode + 1, dtype=bool)
+    counts = np.zeros(128, dtype=np.int64)
+    for data in read_chunks(archive, found):
+        if b"\r" in data:
+            data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        try:
+            text = data.decode()
+        except UnicodeDecodeError:
+            text = data.decode(errors="replace")
+            found.replaced += text.count(REPLACEMENT) - data.count(REPLACEMENT.encode())
+            data = text.encode()
+        found.characters += len(text)
+        found.size += len(data)
+        counts = add_counts(counts, data, min_count)
+        yield data
+    seen = np.flatnonzero(counts)
+    found.characters_seen = Counter(dict(zip(map(chr, seen.tolist()), counts[seen].tolist())))
+
+
+def read_chunks(archive: Archive, found: Extracted) -> Iterator[bytes]:
+    """Yield an archive's text, as it is, in pieces that are worth a call of numpy."""
     pieces, size = [], 0
     for piece, ends_document in read_documents(archive):
         pieces.append(piece)
         size += len(piece)
         found.documents += ends_document
         if size >= CHUNK:
-            yield clean(b"".join(pieces), found, seen)
+            yield b"".join(pieces)
             pieces, size = [], 0
-    yield clean(b"".join(pieces), found, seen)
-    found.characters_seen = np.flatnonzero(seen).astype("<u4").tobytes().decode("utf-32-le")
+    yield b"".join(pieces)
 
 
-def clean(data: bytes, found: Extracted, seen: np.ndarray) -> bytes:
-    if b"\r" in data:
-        data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-    try:
-        text = data.decode()
-    except UnicodeDecodeError:
-        text = data.decode(errors="replace")
-        found.replaced += text.count(REPLACEMENT) - data.count(REPLACEMENT.encode())
-        data = text.encode()
-    found.characters += len(text)
-    found.size += len(data)
-    # Most characters are ASCII and stand in the first pages already. Deleting those takes 0.4 s per GB, marking them
-    # one by one 7 s.
-    mark(text[:50_000], seen)
-    mark(data.translate(None, np.flatnonzero(seen[:128]).astype(np.uint8).tobytes()).decode(), seen)
-    return data
+def add_counts(counts: np.ndarray, data: bytes, enough: int) -> np.ndarray:
+    """Add how often each character is in a text, by code point; ASCII is counted until there is `enough` of it.
+
+    Most characters are ASCII and stand in the first pages often enough. Deleting those takes 0.4 s per GB, counting
+    them one by one 7 s.
+    """
+    first = np.bincount(np.frombuffer(data[:50_000], dtype=np.uint8), minlength=128)[:128]
+    frequent = np.flatnonzero(counts[:128] + first >= enough)
+    counts[frequent] += first[frequent]
+    more = np.bincount(code_points(data.translate(None, bytes(frequent.tolist()))), minlength=len(counts))
+    more[: len(counts)] += counts
+    return more
 
 
-def mark(text: str, seen: np.ndarray) -> None:
-    seen[np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)] = True
+def code_points(data: bytes) -> np.ndarray:
+    return np.frombuffer(data.decode().encode("utf-32-le"), dtype=np.uint32)
 
 
 # The whole corpus ----------------------------------------------------------------------------------------------------
 
 
 def extract(
-    archives: list[Archive], output_dir: Path, skip_corrupt: bool = False, workers: int | None = None
+    archives: list[Archive],
+    output_dir: Path,
+    skip_corrupt: bool = False,
+    min_count: int = 1,
+    workers: int | None = None,
 ) -> tuple[Extracted, Extracted, list[str]]:
     """Write the three files into `output_dir`, all or none; return what is in each text and what was left out.
 
@@ -472,7 +484,7 @@ def extract(
         for path in outputs:
             path.touch()
         with tqdm(total=len(archives), unit=" archives", desc="extracting", dynamic_ncols=True) as bar:
-            for index, found in enumerate(extract_all(archives, first_val, outputs, workers)):
+            for index, found in enumerate(extract_all(archives, first_val, outputs, workers, min_count)):
                 if found.damage and not skip_corrupt:
                     raise DataError(
                         f"{archives[index].name}: {found.damage}; replace it, or leave it out with -skip_corrupt"
@@ -488,28 +500,28 @@ def extract(
             cut_off_validation(outputs, totals)
         if not (totals[TRAIN].characters and totals[VAL].characters):
             raise DataError("; ".join(["too little text: training and validation both need some; add more", *left_out]))
+        replace_rare(outputs, totals, min_count)
         vocabulary = totals[TRAIN].characters_seen | totals[VAL].characters_seen
-        with open(outputs[VOCAB], "wb", buffering=0) as file:
-            write_all(file, ["".join(f"{character}\n" for character in sorted(vocabulary)).encode()])
+        with naming(outputs[VOCAB]), open(outputs[VOCAB], "w", encoding="utf-8", newline="\n") as file:
+            file.writelines(f"{character}\n" for character in sorted(vocabulary))
     return *totals, left_out
 
 
 def extract_all(
-    archives: list[Archive], first_val: int, outputs: list[Path], workers: int | None
+    archives: list[Archive], first_val: int, outputs: list[Path], workers: int | None, min_count: int
 ) -> Iterator[Extracted]:
     """Yield what came out of each archive, in order, while worker processes extract them side by side."""
     context = multiprocessing.get_context("spawn")
-    relay = Relay(context, outputs)
+    relay = Relay(context, outputs, min_count)
     workers = min(workers or available_cores(), len(archives), 61)  # Windows can wait for no more than 61 processes
     splits = [TRAIN if index < first_val else VAL for index in range(len(archives))]
     with ProcessPoolExecutor(workers, context, start_worker, (relay,)) as pool:
         try:
             with signals_held():  # a worker that is stopped while it starts would not do so quietly
-                futures = [pool.submit(extract_archive, *job) for job in zip(range(len(archives)), archives, splits)]
+                results = pool.map(extract_archive, range(len(archives)), archives, splits)
                 for _ in range(workers):
                     relay.started.acquire(timeout=10)
-            for future in futures:
-                yield future.result()
+            yield from results
         except BrokenProcessPool:
             raise DataError("a worker process was killed, perhaps for want of memory; run again") from None
         finally:
@@ -549,7 +561,7 @@ def replaced_together(paths: list[Path]) -> Iterator[list[Path]]:
     try:
         yield temporary
         for path in temporary:
-            with open(path, "r+b") as file:
+            with naming(path), open(path, "r+b") as file:
                 os.fsync(file.fileno())
         for path, final in zip(temporary, paths):
             os.replace(path, final)
@@ -562,19 +574,51 @@ def cut_off_validation(outputs: list[Path], totals: tuple[Extracted, Extracted])
     """Move the end of the training text, from character `int(0.9 * characters)` on, to the validation text."""
     whole = totals[TRAIN]
     keep = int(TRAIN_SHARE * whole.characters)
-    with open(outputs[TRAIN], "r+b") as train, open(outputs[VAL], "wb") as val:
+    with naming(outputs[VAL]), open(outputs[TRAIN], "r+b") as train, open(outputs[VAL], "wb") as val:
         offset, left = 0, keep
-        while block := train.read(CHUNK):
-            starts = np.flatnonzero((np.frombuffer(block, dtype=np.uint8) & 0xC0) != 0x80)
-            if left < len(starts):
-                offset += int(starts[left])
+        for piece in split_safely(b"", train):
+            kept = piece.decode()[:left]
+            offset, left = offset + len(kept.encode()), left - len(kept)
+            if not left:
                 break
-            offset, left = offset + len(block), left - len(starts)
         train.seek(offset)
         shutil.copyfileobj(train, val, CHUNK)
         train.truncate(offset)
     totals[VAL].characters, totals[VAL].size = whole.characters - keep, whole.size - offset
     whole.characters, whole.size = keep, offset
+
+
+def replace_rare(outputs: list[Path], totals: tuple[Extracted, Extracted], min_count: int) -> None:
+    """Put U+FFFD in the place of all characters that both texts together hold fewer than `min_count` times."""
+    counts = totals[TRAIN].characters_seen + totals[VAL].characters_seen
+    rare = {character for character, count in counts.items() if count < min_count} - {REPLACEMENT}
+    if rare and not counts.keys() - rare - {REPLACEMENT}:
+        raise DataError(f"no character is seen {min_count:,} times; lower -min_count or add more text")
+    for path, total in zip(outputs, totals) if rare else ():
+        with replaced_together([path]) as (new,):
+            rewrite(path, new, rare)
+        seen, total.size = total.characters_seen, path.stat().st_size
+        total.rare = Counter({character: seen.pop(character) for character in rare & seen.keys()})
+        seen[REPLACEMENT] += total.rare.total()
+
+
+def rewrite(path: Path, new: Path, rare: set[str]) -> None:
+    """Copy a text, less the rare characters, which are looked for only among those that are not frequent ASCII."""
+    is_rare = np.zeros(sys.maxunicode + 1, dtype=bool)
+    is_rare[[ord(character) for character in rare]] = True
+    frequent = bytes(np.flatnonzero(~is_rare[:128]).tolist())
+    may_start = bytes(byte >= 0xC0 or (byte < 0x80 and byte not in frequent) for byte in range(256))
+    bar = tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc="replacing", dynamic_ncols=True)
+    with bar, naming(new), open(path, "rb") as old, open(new, "wb") as file:
+        for text in split_safely(b"", old):
+            codes = code_points(text.translate(None, frequent))
+            starts = np.flatnonzero(np.frombuffer(text.translate(may_start), dtype=bool))
+            hits, end = is_rare[codes], 0
+            for start, code in zip(starts[hits].tolist(), codes[hits].tolist()):
+                file.write(text[end:start] + REPLACEMENT.encode())
+                end = start + len(chr(code).encode())
+            file.write(text[end:])
+            bar.update(len(text))
 
 
 # The built-in sample -------------------------------------------------------------------------------------------------
@@ -586,15 +630,13 @@ def write_sample(folder: Path) -> None:
         from pydoc_data.topics import topics
     except ImportError:
         raise DataError("this Python lacks pydoc_data, the built-in sample; name a folder with -data_dir") from None
-    packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w") as tar:
+    path = folder / "python_reference.tar"
+    with naming(path), tarfile.open(path, "w") as tar:
         for name in sorted(topics):
             content = to_ascii(topics[name]).encode()
             member = tarfile.TarInfo(f"{name}.txt")
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
-    with open(folder / "python_reference.tar", "wb", buffering=0) as file:
-        write_all(file, [packed.getvalue()])
 
 
 def to_ascii(text: str) -> str:
@@ -621,16 +663,15 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     flag("data_dir", type=Path, help=source)
     flag("output_dir", type=Path, default=Path("."), help="folder for the three files")
     flag("skip_corrupt", action="store_true", help="leave damaged archives out instead of stopping")
-    flag("sample_rate", type=share, default=1.0, help="share of the archives to use, above 0 and up to 1")
+    flag("sample_rate", type=float, default=1.0, help="share of the archives to use, above 0 and up to 1")
+    flag("min_count", type=int, default=1, help="characters seen fewer times than this become U+FFFD; 1: none does")
     flag("seed", type=int, default=1337, help="which archives -sample_rate takes")
-    return parser.parse_args(arguments)
-
-
-def share(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
-    return value
+    args = parser.parse_args(arguments)
+    if not 0 < args.sample_rate <= 1:
+        parser.error(f"argument -sample_rate: {args.sample_rate} is not above 0 and at most 1")
+    if args.min_count < 1:
+        parser.error(f"argument -min_count: {args.min_count} is not 1 or more")
+    return args
 
 
 def run(args: argparse.Namespace, sample_folder: Path) -> None:
@@ -643,7 +684,7 @@ def run(args: argparse.Namespace, sample_folder: Path) -> None:
     archives = find_archives(data_dir, ignore={(args.output_dir / name).resolve() for name in OUTPUT_NAMES})
     archives = take_sample(archives, args.sample_rate, args.seed)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    train, val, left_out = extract(archives, args.output_dir, args.skip_corrupt)
+    train, val, left_out = extract(archives, args.output_dir, args.skip_corrupt, args.min_count)
 
     documents = [f"{train.documents:,}", f"{val.documents:,}"] if len(archives) > 1 else [f"of {train.documents:,}"] * 2
     print(f"{'':10} {'documents':>12} {'characters':>16} {'megabytes':>12}")
@@ -652,6 +693,9 @@ def run(args: argparse.Namespace, sample_folder: Path) -> None:
     vocabulary_size = len(train.characters_seen | val.characters_seen)
     replaced = train.replaced + val.replaced
     print(f"vocabulary: {vocabulary_size:,} characters; invalid sequences replaced by U+FFFD: {replaced:,}")
+    if rare := train.rare + val.rare:
+        times = f"{rare.total():,} ({len(rare):,} different)"
+        print(f"characters seen fewer than {args.min_count:,} times replaced by U+FFFD: {times}")
     for line in left_out:
         print(f"left out: {line}")
     names = ", ".join(str(args.output_dir / name) for name in OUTPUT_NAMES)

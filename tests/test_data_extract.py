@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -144,7 +145,8 @@ def read_all(folder: Path) -> tuple[str, Extracted]:
 
 def notices(stderr: str) -> list[str]:
     """The lines on standard error but those of the progress bar."""
-    return [line for line in re.split(r"[\r\n]+", stderr) if line.strip() and not line.startswith("extracting:")]
+    lines = re.split(r"[\r\n]+", stderr)
+    return [line for line in lines if line.strip() and not line.startswith(("extracting:", "replacing:"))]
 
 
 def complaint(result) -> str:
@@ -223,7 +225,7 @@ def test_summary_counts_documents_characters_megabytes_vocabulary_and_replacemen
 def test_help_names_every_flag(run_script):
     result = run_script(SCRIPT, "-h")
     assert result.returncode == 0
-    assert {"-data_dir", "-output_dir", "-skip_corrupt", "-sample_rate", "-seed"} <= set(
+    assert {"-data_dir", "-output_dir", "-skip_corrupt", "-sample_rate", "-seed", "-min_count"} <= set(
         re.findall(r"-\w+", result.stdout)
     )
     assert "1337" in result.stdout and "openwebtext" in result.stdout
@@ -258,6 +260,7 @@ def test_an_empty_folder_is_a_clear_line(run_script, earlier, tmp_path):
     "args",
     [
         *(["-sample_rate", value] for value in ("0", "-1", "1.01", "nan", "inf", "half", "")),
+        *(["-min_count", value] for value in ("0", "-1", "1.5", "many", "")),
         ["-seed", "1.5"],
         ["-data_dir"],
         ["-nonsense"],
@@ -279,7 +282,15 @@ def test_wrong_usage_on_the_command_line(run_script, earlier):
 
 
 @pytest.mark.parametrize(
-    "args", [["-data_dir", "in"], ["-output_dir", "out"], ["-skip_corrupt"], ["-sample_rate", "0.5"], ["-seed", "-7"]]
+    "args",
+    [
+        ["-data_dir", "in"],
+        ["-output_dir", "out"],
+        ["-skip_corrupt"],
+        ["-sample_rate", "0.5"],
+        ["-seed", "-7"],
+        ["-min_count", "2"],
+    ],
 )
 def test_flags_can_be_spelt_with_two_dashes(args):
     parsed = data_extract.parse_args(["-" + args[0], *args[1:]])
@@ -388,11 +399,16 @@ def test_a_single_archive_is_cut_at_nine_tenths_of_its_characters(small_chunks, 
     assert read_three(tmp_path / "out") == three_files([documents([data]) if suffix == ".tar" else plain(data)])
 
 
-def extract_here(archives, first_val, outputs, workers):
+def extract_here(archives, first_val, outputs, workers, min_count):
     """In the place of the worker processes, which would not see a changed CHUNK."""
-    for archive in archives:
+    for index, archive in enumerate(archives):
         found = Extracted()
-        outputs[0].write_bytes(b"".join(read_clean(archive, found)))
+        try:
+            text = b"".join(read_clean(archive, found, min_count))
+        except Damaged as damage:
+            text, found = b"", Extracted(damage=str(damage))
+        with open(outputs[index >= first_val], "ab") as file:
+            file.write(text)
         yield found
 
 
@@ -529,6 +545,11 @@ MEMBERS = {"a.txt": TEXT, "long/" * 18 + "b.txt": b"b" * 512, "c.txt": b"", "d.t
 )  # fmt: skip
 def test_every_kind_of_tar_gives_its_documents(tmp_path, pack, data, names):
     assert read_all(put(tmp_path, pack(data)))[0] == documents(list(names.values()))
+
+
+def test_a_folder_in_an_outer_tar_from_before_there_was_a_standard_is_no_document(tmp_path):
+    put(tmp_path, {"outer.tar": v7({"x/": b"", "x/1.xz": xz(b"a"), "x/2.xz": xz(b"b")})})
+    assert [archive.name for archive in find_archives(tmp_path, set())] == ["outer.tar/x/1.xz", "outer.tar/x/2.xz"]
 
 
 # The text ------------------------------------------------------------------------------------------------------------
@@ -673,6 +694,7 @@ DAMAGED = {
     "minus one.xz": xz(pax(b"11 size=-1\n", ("a.txt", b"a" * 3000))),
     "no number.xz": xz(pax(b"13 size=many\n", ("a.txt", b"a" * 3000))),
     "absurd size.xz": xz(pax(b"25 size=9999999999999999\n", ("a.txt", b"a" * 3000))),
+    "endless number.xz": xz(pax(b"5012 size=" + b"9" * 5000 + b"\n", ("a.txt", b"a"))),
     "absurd size.tar": pax(b"25 size=9999999999999999\n", ("a.txt", b"a" * 3000)),
     "\x80bad name.xz": b"",
 }
@@ -849,6 +871,31 @@ def test_a_full_disk_is_a_clear_line(run_script, earlier, tmp_path, limit_file_s
     assert f"{full}.tmp: {os.strerror(errno.EFBIG)}" in line
 
 
+def test_an_error_while_an_archive_is_read_names_it(tmp_path, monkeypatch):
+    def fail(self, buffer):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    (archive,) = find_archives(put(tmp_path, {"a.txt": TEXT}), set())
+    monkeypatch.setattr(data_extract.Window, "readinto", fail)
+    with pytest.raises(OSError) as error:
+        list(read_clean(archive, Extracted()))
+    assert error.value.filename == archive.path
+
+
+def test_a_disk_that_fills_up_while_the_validation_text_is_cut_off_is_a_clear_line(
+    earlier, tmp_path, monkeypatch, capsys
+):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(data_extract, "extract_all", extract_here)
+    monkeypatch.setattr(data_extract.shutil, "copyfileobj", fail)
+    arguments = ["-data_dir", str(put(tmp_path / "in", {"a.txt": TEXT})), "-output_dir", str(earlier)]
+    monkeypatch.setattr(sys, "argv", [SCRIPT, *arguments])
+    assert data_extract.main() == 1
+    assert f"output_val.txt.tmp: {os.strerror(errno.ENOSPC)}" in capsys.readouterr().err
+
+
 @posix
 def test_a_disk_too_full_for_the_built_in_sample_is_a_clear_line(run_script, earlier, limit_file_size):
     result = run_script(SCRIPT, "-output_dir", "out", preexec_fn=lambda: limit_file_size(20_000))
@@ -909,6 +956,95 @@ def test_an_interrupted_run_changes_nothing_and_says_so(start_script, earlier, s
     assert all(line.startswith("data_extract.py: ") for line in notices(stderr)), stderr
     assert len(notices(stderr)) <= 1 and (number == signal.SIGTERM or "interrupted" in stderr)
     wait_for(lambda: not processes_of(process.pid))
+
+
+# Rare characters -----------------------------------------------------------------------------------------------------
+
+
+def replace_rare(texts: list[str], min_count: int) -> list[str]:
+    counts = Counter("".join(texts))
+    return ["".join(c if counts[c] >= min_count else "\ufffd" for c in text) for text in texts]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_min_count_replaces_what_is_rare_in_both_texts_together(tmp_path, monkeypatch, seed):
+    generator = random.Random(seed)
+    monkeypatch.setattr(data_extract, "extract_all", extract_here)
+    chunk, length = generator.choice([(7, 500), (64, 2000), (1024, 40_000), (1 << 20, 100_000)])
+    monkeypatch.setattr(data_extract, "CHUNK", chunk)
+    kinds = ["ab\n\t~", "éж\x80\u07ff", "你\u0800\uffff\ufffd\ufeff", "🙂\U0010ffff𝔘"]
+    pool = [*generator.choice(kinds), *FOREIGN, *"ab\n~"]
+    weights = [generator.choice([1, 1, 3, 30, 1000]) for _ in pool]
+    files, texts = {}, []
+    for i in range(generator.choice([1, 2, 5])):
+        text = "a" + "".join(generator.choices(pool, weights, k=generator.randrange(length)))
+        if i and seed % 2:
+            files[f"{i}-damaged.xz"] = xz(text.encode())[:-9]
+            texts.append("")
+        files[f"{i}.xz"] = xz(text.encode())
+        texts.append(text)
+    counts = Counter("".join(texts))
+    del counts["\ufffd"]
+    least = min(generator.choice([1, 2, 5, 100, 1000, 10**6]), max(counts.values()))
+    rare = {character: count for character, count in counts.items() if count < least}
+
+    archives = find_archives(put(tmp_path / "in", files), set())
+    (tmp_path / "out").mkdir()
+    train, val, left_out = data_extract.extract(archives, tmp_path / "out", skip_corrupt=True, min_count=least)
+    expected = three_files(["".join("\ufffd" if c in rare else c for c in text) for text in texts])
+    assert read_three(tmp_path / "out") == expected
+    assert train.rare + val.rare == rare and len(left_out) == len(files) - len([text for text in texts if text])
+    assert sorted(train.characters_seen | val.characters_seen) == [*expected[2].decode()[::2]]
+    assert [train.size, val.size] == [len(data) for data in expected[:2]]
+
+
+def test_ascii_is_counted_exactly_below_min_count_however_much_text_there_is(tmp_path):
+    text = list("a" * 200_000)
+    for i in range(33, 96):  # spread over what is looked at first and what is looked at later
+        for at in random.Random(i).sample(range(0, 200_000, 64), i):
+            text[at + i % 64] = chr(i)
+    text = "".join(text)
+    (archive,) = find_archives(put(tmp_path, {"a.txt": text.encode()}), set())
+    for least in (1, 50, 64, 1000):
+        found = Extracted()
+        list(read_clean(archive, found, least))
+        assert found.characters_seen.keys() == set(text)
+        for character, count in found.characters_seen.items():
+            assert count == text.count(character) or least <= count <= text.count(character)
+
+
+@pytest.mark.parametrize("nesting", ["outer tars", "plain text"])
+def test_min_count_in_a_real_run_with_a_sample_and_the_summary(run_script, tmp_path, nesting):
+    corpus = shards(11)
+    put(tmp_path / "in", NESTINGS[nesting](corpus))
+    taken = take_sample(find_archives(tmp_path / "in", set()), 0.5, 7)
+    texts = [documents(corpus[Path(archive.name).stem]) for archive in taken]
+    rare = {character: count for character, count in Counter("".join(texts)).items() if count < 50}
+    assert 5 < len(rare) < 60
+    args = ["-data_dir", "in", "-output_dir", "out", "-sample_rate", "0.5", "-seed", "7"]
+    result = run_script(SCRIPT, *args, "-min_count", "50")
+    assert (result.returncode, notices(result.stderr)) == (0, [])
+    expected = three_files(["".join("\ufffd" if c in rare else c for c in text) for text in texts])
+    assert read_three(tmp_path / "out") == expected and len(list((tmp_path / "out").iterdir())) == 3
+    assert f"vocabulary: {len(expected[2].decode()) // 2} characters" in result.stdout
+    assert f"fewer than 50 times replaced by U+FFFD: {sum(rare.values()):,} ({len(rare)} different)" in result.stdout
+    assert "fewer than" not in run_script(SCRIPT, *args).stdout
+
+
+@pytest.mark.parametrize("text", ["ab\n" * 99, "\ufffd" * 100 + "a", "é\n" * 99])
+def test_a_text_in_which_everything_is_rare_is_a_clear_line(run_script, earlier, tmp_path, text):
+    put(tmp_path / "in", {"a.txt": text.encode()})
+    line = complaint(run_script(SCRIPT, "-data_dir", "in", "-output_dir", "out", "-min_count", "100"))
+    assert "no character is seen 100 times; lower -min_count" in line
+
+
+@posix
+def test_a_disk_that_fills_up_with_replacements_is_a_clear_line(run_script, earlier, tmp_path, limit_file_size):
+    text = "".join(map(chr, range(0x80, 0x800))) * 9 + "a" * 100  # two bytes each, of which three become
+    put(tmp_path / "in", {"a.txt": text.encode(), "b.txt": b"b"})
+    args = ["-data_dir", "in", "-output_dir", "out", "-min_count", "100"]
+    result = run_script(SCRIPT, *args, preexec_fn=lambda: limit_file_size(len(text.encode()) + 99))
+    assert re.search(rf"output_train.txt.*: {os.strerror(errno.EFBIG)}", complaint(result))
 
 
 # Samples of the corpus -----------------------------------------------------------------------------------------------
@@ -991,6 +1127,20 @@ def test_memory_stays_bounded_whatever_is_in_an_archive(tmp_path, name, data, si
     assert peak < 300
     for output in NAMES:
         (tmp_path / "out" / output).unlink()
+
+
+@pytest.mark.soak
+@posix
+def test_memory_stays_bounded_while_rare_characters_are_replaced(tmp_path):
+    lines = repeated(LINE + b"\n", 2 << 30)
+    put(
+        tmp_path / "in",
+        {"1.xz": lines, "2.xz": xz(CHARACTERS.encode()), "3.xz": repeated(CHARACTERS.encode(), 1 << 28)},
+    )
+    peak, output = run_measured("-data_dir", tmp_path / "in", "-output_dir", tmp_path / "out", "-min_count", "1000000")
+    assert peak < 300 and "(5,0" in output
+    for name in NAMES:
+        (tmp_path / "out" / name).unlink()
 
 
 @pytest.mark.soak
