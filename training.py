@@ -39,8 +39,10 @@ from model import (
     build_model,
     choose_device,
     default_dtype,
+    is_out_of_memory,
     load_model,
     number,
+    open_closed_streams,
     read_model_file,
     replacing,
     save_model,
@@ -741,8 +743,10 @@ def model_flag(args: argparse.Namespace) -> str:
 
 
 def run(args: argparse.Namespace, interruption: Interruption) -> int:
-    if args.model.is_dir() or not args.model.parent.is_dir():
-        raise TrainingError(f"{args.model}: -model must name a file in a folder that exists")
+    for flag, path in (("model", args.model), ("plot", args.plot)):
+        writable = path is None or (path.parent.is_dir() and os.access(path.parent, os.W_OK))
+        if not writable or (path and path.exists() and not path.is_file()):
+            raise TrainingError(f"{path}: -{flag} must name a file in a folder that exists and can be written to")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         print("no picture will be drawn: -plot needs matplotlib, pip install matplotlib", file=sys.stderr)
         args.plot = None
@@ -792,10 +796,11 @@ def keep_old(model: Path) -> None:
 
 
 def main() -> int:
+    open_closed_streams()
     errors, who = sys.stderr, f" process {RANK} of {WORLD_SIZE}:" if WORLD_SIZE > 1 else ""
 
     def complain(message: str) -> None:
-        print(f"training.py:{who} {message}", file=errors)
+        print(f"training.py:{who} " + message.replace("\n", r"\n"), file=errors)
 
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not fit the encoding
     if RANK > 0:  # the first process speaks for all
@@ -813,8 +818,8 @@ def main() -> int:
         if isinstance(error, FileNotFoundError) and name.endswith(".state.pkl"):
             hint = "; there is no run to go on with, start one without -resume"
         complain(f"{name}: {error.strerror}{hint}")
-    except (MemoryError, RuntimeError) as error:
-        if "memory" in str(error) or isinstance(error, MemoryError):
+    except (MemoryError, RuntimeError, ValueError) as error:
+        if is_out_of_memory(error):
             complain("not enough memory; try a higher -grad_accum or a smaller -batch_size, -n_embd or -block_size")
         elif re.search("gloo|NCCL", str(error)):
             complain("lost another process; -resume goes on from the last saved state")
