@@ -665,7 +665,8 @@ def open_closed_streams() -> None:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error says so, or that a size is beyond all memory, which torch and numpy word in many ways."""
-    return isinstance(error, MemoryError) or re.search("memory|too big|Storage size|dimension exceeded", str(error)) is not None
+    words = "memory|too big|Storage size|dimension exceeded"
+    return isinstance(error, MemoryError) or re.search(words, str(error)) is not None
 
 
 def number(kind: type, least: float, below: float | None = None):

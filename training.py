@@ -384,11 +384,17 @@ class Metrics:
     COLUMNS = ("step", "train_loss", "val_loss", "learning_rate", "tokens", "seconds")
 
     def __init__(self, path: Path, resumed_step: int = 0):
-        """Keep what the file already holds of the run up to `resumed_step`. Raises OSError."""
+        """Keep what the file already holds of the run up to `resumed_step`. Raises OSError and TrainingError."""
         self.path, self.rows = path, []
         if resumed_step and path.exists():
-            with open(path, encoding="utf-8", newline="") as file:
-                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= resumed_step]
+            try:
+                with open(path, encoding="utf-8", newline="") as file:
+                    _header, *rows = (dict(zip(self.COLUMNS, line, strict=True)) for line in csv.reader(file))
+                for row in rows:
+                    step, *_ = map(float, row.values())
+                    self.rows += [row] * (step <= resumed_step)
+            except (ValueError, csv.Error) as error:
+                raise TrainingError(f"{path}: does not hold the metrics of a run; move it away") from error
 
     def add(self, *values: float) -> None:
         self.rows.append(dict(zip(self.COLUMNS, values, strict=True)))
@@ -405,7 +411,7 @@ class Metrics:
 
         figure = Figure(figsize=(8, 5), layout="constrained")
         axes = figure.subplots()
-        steps = [int(row["step"]) for row in self.rows]
+        steps = [float(row["step"]) for row in self.rows]
         for column, label in (("train_loss", "training text"), ("val_loss", "validation text")):
             axes.plot(steps, [float(row[column]) for row in self.rows], marker=".", label=label)
         axes.set(xlabel="step", ylabel="loss (nats per character)", title=self.path.name.removesuffix(".metrics.csv"))
@@ -462,6 +468,7 @@ class Run:
             raise ModelFileError(f"{source}: does not hold a run to go on with") from error
         if texts_changed:
             raise TrainingError(f"{self.args.data_dir}: the texts are not those that {source} began with; start anew")
+        self.metrics = Metrics(self.metrics.path, self.step)
 
     def _restore(self, state: dict) -> None:
         step, seconds, best, best_step, stale = state["progress"]
@@ -470,7 +477,6 @@ class Run:
         self.optimizer.restore(state["optimizer"])
         if not self.args.model.exists():
             self.best = math.inf
-        self.metrics = Metrics(self.metrics.path, self.step)
 
     def save_state(self) -> None:
         if RANK == 0:
