@@ -6,7 +6,6 @@ continues text in the manner of the text that it was trained on.
 
 import argparse
 import contextlib
-import os
 import sys
 from pathlib import Path
 
@@ -126,6 +125,7 @@ def run(args: argparse.Namespace) -> int:
         answer(args.prompt, model, vocabulary, args)
     else:
         chat(model, vocabulary, args)
+    sys.stdout.flush()
     return 0
 
 
@@ -138,10 +138,11 @@ def main() -> int:
         return run(args)
     except ModelFileError as error:
         message = str(error)
-    except BrokenPipeError:  # the reader of the output, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except OSError as error:
+        if not error.filename:
+            sys.stdout = None  # or Python would try to write to it once more
+        if isinstance(error, BrokenPipeError):  # the reader of the output, such as `head`, has seen enough
+            return 0
         message = f"{error.filename or 'standard output'}: {error.strerror}"
         if error.filename == str(args.model) and isinstance(error, FileNotFoundError):
             message += "; train one with training.py, or name yours with -model"

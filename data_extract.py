@@ -556,10 +556,10 @@ def available_cores() -> int:
 @contextmanager
 def replaced_together(paths: list[Path]) -> Iterator[list[Path]]:
     """Give temporary paths to write to; if the block succeeds they replace `paths`, otherwise they are removed."""
-    for path in paths:
+    temporary = [path.with_name(path.name + ".tmp") for path in paths]
+    for path in [*paths, *temporary]:
         if path.is_dir():
             raise DataError(f"{path}: is a folder where the output belongs; move it away or name another -output_dir")
-    temporary = [path.with_name(path.name + ".tmp") for path in paths]
     try:
         yield temporary
         for path in temporary:
@@ -701,7 +701,7 @@ def run(args: argparse.Namespace, sample_folder: Path) -> None:
     for line in left_out:
         print(f"left out: {line}")
     names = ", ".join(str(args.output_dir / name) for name in OUTPUT_NAMES)
-    print(f"wrote {names} in {time.perf_counter() - started:.1f} s")
+    print(f"wrote {names} in {time.perf_counter() - started:.1f} s", flush=True)
 
 
 def main() -> int:
@@ -718,6 +718,8 @@ def main() -> int:
         message = str(error)
     except OSError as error:
         message = f"{error.filename or 'standard output'}: {error.strerror}"
+        if not error.filename:
+            sys.stdout = None  # or Python would try to write to it once more
     except KeyboardInterrupt:
         print("data_extract.py: interrupted; nothing was changed", file=sys.stderr)
         return 128 + signal.SIGINT

@@ -562,7 +562,8 @@ class Run:
         part = "the whole" if whole else f"{limit * args.block_size / characters:.2%} of the"
         print(
             f"best model, of step {self.best_step}: {loss:.4f} nats = {loss / math.log(2):.3f} bits per character over "
-            f"{part} validation text, in {args.model}; talk to it: python chatbot.py{model_flag(args)}"
+            f"{part} validation text, in {args.model}; talk to it: python chatbot.py{model_flag(args)}",
+            flush=True,
         )
 
 
@@ -689,7 +690,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     if args.n_embd % args.n_head:
         parser.error(f"argument -n_embd: {args.n_embd} is not a multiple of -n_head {args.n_head}")
     if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):
-        parser.error(f"argument -plot: {args.plot} does not end in .png, .svg or .pdf")
+        parser.error(f"argument -plot: {str(args.plot)!r} does not end in .png, .svg or .pdf")
     if args.learning_rate is None:
         args.learning_rate = LEARNING_RATES[args.optimizer]
     unsaved = {"model", "resume", "vocab_size"}
@@ -823,6 +824,8 @@ def main() -> int:
             hint = "; run data_extract.py first, or name its -data_dir"
         if isinstance(error, FileNotFoundError) and name.endswith(".state.pkl"):
             hint = "; there is no run to go on with, start one without -resume"
+        if not error.filename:
+            sys.stdout = None  # or Python would try to write to it once more
         complain(f"{name}: {error.strerror}{hint}")
     except (MemoryError, RuntimeError, ValueError) as error:
         if is_out_of_memory(error):
