@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from test_data_extract import AB, DAMAGED, OUTER, member, pax, put, tar, xz
+from test_data_extract import AB, DAMAGED, OUTER, OUTER_MEMBER, member, pax, put, tar, xz
 from test_training import TINY, write_texts
 
 import chatbot
@@ -31,7 +31,7 @@ FOLDER = "a folder"
 GONE = "no such file"
 NOTICES = (
     r"extracting:|replacing:|step \d|\s*\d+%|the learning rate now follows|no openwebtext folder here|"
-    "left out, as the model has never seen them"
+    "left out, as the model has never seen them|the earlier .* is kept as"
 )
 
 
@@ -116,7 +116,6 @@ TOGETHER = [
     Case("training.py", ["-grad_accum=3"], 2, "-batch_size: 4 sequences can't be shared .* 3 and 6 can"),
     Case("training.py", ["-grad_accum=2147483647"], 2, "-batch_size: 4 sequences .* evenly; 2147483647 can"),
     Case("training.py", ["-vocab=vocab.txt"], 2, "argument -vocab: goes with -init_from only"),
-    Case("training.py", ["-init_from=chat.pkl", "-n_embd=32"], 2, "-n_embd: 32 contradicts chat.pkl, which has 16"),
     Case("training.py", ["-plot=loss.txt"], 2, "argument -plot: 'loss.txt' does not end in .png, .svg or .pdf"),
     Case("training.py", ["-plot="], 2, "argument -plot: '.' does not end in"),
     Case("training.py", ["-plot=a\nb\udcff"], 2, r"argument -plot: 'a\\nb\\udcff' does not end in"),
@@ -246,8 +245,27 @@ FILES = [
     Case("training.py", ["-resume"], 1, f"model-01.state.pkl: {MISSING}; there is no run to go on with, start one"),
     Case("training.py", ["-resume", "-model=chat.pkl"], 1, f"chat.state.pkl: {MISSING}; there is no run"),
     Case("training.py", ["-resume", "-model=in/m.pkl"], 1, f"in/m.state.pkl: {IS_FOLDER}", {"in/m.state.pkl": FOLDER}),
-    Case("training.py", ["-resume", "-model=run.pkl", "-max_iters=1"], 2, "-max_iters: .*has 2, which may only grow"),
-    Case("training.py", ["-resume", "-model=run.pkl", "-seed=5"], 2, "-seed: 5 contradicts run.state.pkl"),
+    *(
+        Case("training.py", ["-resume", "-model=run.pkl", f"-{flag}={value}"], 2, f"argument -{flag}: {message}")
+        for flag, value, message in (
+            *(
+                (flag, value, f"{value} contradicts run.state.pkl, which has .*; leave it out")
+                for flag, value in (
+                    ("batch_size", "5"),
+                    ("block_size", "9"),
+                    ("learning_rate", "0.5"),
+                    ("optimizer", "muon"),
+                    ("seed", "2"),
+                    ("dropout", "0.0"),
+                    ("n_layer", "2"),
+                    ("eval_interval", "9"),
+                    ("dtype", "float16"),
+                    ("init_from", "chat.pkl"),
+                )
+            ),
+            ("max_iters", "1", "run.state.pkl has 2, which may only grow"),
+        )
+    ),
     *(
         Case("training.py", ["-resume", "-model=run.pkl"], 1, f"run.state.pkl: {NO_MODEL}", {"run.state.pkl": content})
         for content in NOT_MODELS.values()
@@ -271,13 +289,6 @@ FILES = [
             ),
             (FOLDER, IS_FOLDER),
         )
-    ),
-    Case(
-        "training.py",
-        ["-resume", "-model=run.pkl", "-data_dir=."],
-        1,
-        "the texts are not those that run.state",
-        {TEXTS[0]: b"a" * 99},
     ),
     *(Case("training.py", ["-init_from=x.pkl"], 1, f"x.pkl: {NO_MODEL}", {"x.pkl": c}) for c in NOT_MODELS.values()),
     # chatbot.py
@@ -369,16 +380,26 @@ ARCHIVES = [
     ),
     Case("data_extract.py", [], 1, "a.tar/a.xz: it holds another archive", {"in/a.tar": tar({"a.xz": nested(1)})}),
     *(
-        Case("data_extract.py", [], 1, "z.*: .*(cut short|damaged|not a sound)", {f"in/z.{end}": pack(absurd(*header))})
+        Case(
+            "data_extract.py",
+            [],
+            1,
+            "z.*: .*(cut short|damaged|not a sound|another archive)",
+            {f"in/z.{end}": pack(absurd(*header))},
+        )
         for header in itertools.product((2**60, 2**63 - 1, 2**64, 2**87), (b"0", b"L", b"x", b"g", b"S"), ("a", "a.xz"))
         for end, pack in (("tar", bytes), ("xz", xz))
     ),
     Case("data_extract.py", [], 1, r"a\\nb.xz: it is cut short", {"in/a\nb.xz": b""}),
     Case("data_extract.py", ["-skip_corrupt"], 0, "left out: a\nb.xz", {"in/a\nb.xz": b""}),
-    Case("data_extract.py", [], 0, "training", {"in/a.tar": tar(dict.fromkeys(ESCAPING, b"text"))}),
-    Case("data_extract.py", [], 0, "training", {"in/a.xz": xz(tar(dict.fromkeys(ESCAPING, b"text")))}),
-    Case("data_extract.py", [], 0, "training", {"in/a.tar": tar([*LINKS, ("a", b"text")])}),
-    Case("data_extract.py", [], 0, "training", {"in/a.xz": xz(tar([*LINKS, ("a", b"text")]))}),
+    Case("data_extract.py", [], 1, "a.+xz: it is cut short", {"in/a\udcff.xz": b"text"}),
+    Case("data_extract.py", ["-skip_corrupt"], 0, r"left out: a.+xz: ", {"in/a\udcff.xz": b"text"}),
+    Case("data_extract.py", [], 1, "outer.tar: .*cut short", {"in/outer.tar": OUTER[: 2 * OUTER_MEMBER - 600]}),
+    Case("data_extract.py", [], 1, "z.tar: .*damaged", {"in/z.tar": pax(b"14 size=-1024\n", ("a.xz", xz(b"text")))}),
+    Case("data_extract.py", [], 0, "training +6 ", {"in/a.tar": tar(dict.fromkeys(ESCAPING, b"text"))}),
+    Case("data_extract.py", [], 0, "training +6 ", {"in/a.xz": xz(tar(dict.fromkeys(ESCAPING, b"text")))}),
+    Case("data_extract.py", [], 0, "training +2 ", {"in/a.tar": tar([*LINKS, ("a", b"text")])}),
+    Case("data_extract.py", [], 0, "training +2 ", {"in/a.xz": xz(tar([*LINKS, ("a", b"text")]))}),
     Case("data_extract.py", [], 0, "training", {"in/a.tar": tar({"a\udcff.txt": b"a", "b\nc.txt": b"b"})}),
     *(
         Case("data_extract.py", [], 0, "training", {"in/a.tar": data})
@@ -429,11 +450,16 @@ def extract_here(archives, first_val, outputs, workers, min_count):
 
 def change(folder: Path, files: dict[str, bytes | str]) -> None:
     for name, content in files.items():
-        (folder / name).unlink(missing_ok=True)
-        if content == FOLDER:
-            (folder / name).mkdir(parents=True)
-        elif content != GONE:
-            put(folder, {name: content})
+        try:
+            (folder / name).unlink(missing_ok=True)
+            if content == FOLDER:
+                (folder / name).mkdir(parents=True)
+            elif content != GONE:
+                put(folder, {name: content})
+        except OSError as error:
+            if sys.platform == "linux":
+                raise
+            pytest.skip(f"{name!r} is no name here: {error}")
 
 
 @pytest.fixture
