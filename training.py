@@ -77,6 +77,8 @@ class Text:
         with open(path, "rb") as file:
             self.size = os.fstat(file.fileno()).st_size
             self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else b""
+        if self.size and hasattr(mmap, "MADV_RANDOM"):  # or the system reads megabytes around every row
+            self.bytes.madvise(mmap.MADV_RANDOM)
         self.array = np.frombuffer(self.bytes, dtype=np.uint8)
         tail = self.array[-4 * self.row_length :]  # a character has at most 4 bytes
         starts = np.flatnonzero(~is_continuation(tail))
