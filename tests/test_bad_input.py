@@ -148,7 +148,10 @@ EXTREME = [  # must work
 
 # Files ---------------------------------------------------------------------------------------------------------------
 
-MISSING, IS_FOLDER, INSIDE_FILE = "No such file or directory", "Is a directory", "Not a directory"
+WINDOWS = sys.platform == "win32"
+MISSING = os.strerror(errno.ENOENT)
+IS_FOLDER = os.strerror(errno.EACCES if WINDOWS else errno.EISDIR)
+INSIDE_FILE = os.strerror(errno.ENOENT if WINDOWS else errno.ENOTDIR)
 NO_MODEL = "not a model file: damaged, or holding more than data and tensors"
 NOT_FILES = [  # for a flag that names a file to read
     ("gone", f"gone: {MISSING}"),
