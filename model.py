@@ -135,8 +135,8 @@ class MultiHeadAttention(nn.Module):
             kv = cache.append(kv, positions)  # (2, B, H, S, D) with the earlier time steps
             visible = tril[positions, : kv.shape[3]]
         attend = self.attend_fused if self.prefers_fused(q) else self.heads[0].attend
-        y = attend(q, *kv, visible)  # (B, H, T, D)
-        return self.dropout(self.proj(y.transpose(1, 2).flatten(2)))
+        y = attend(q.to(kv.dtype), *kv, visible)  # (B, H, T, D)
+        return self.dropout(self.proj(y.transpose(1, 2).flatten(2).to(x.dtype)))
 
     def prefers_fused(self, q: torch.Tensor) -> bool:
         """Whether the fused operation is the faster one: always on a GPU, on a CPU never if weights are dropped.
@@ -173,19 +173,20 @@ class Cache(nn.Module):
         super().__init__()
         head = attention.heads[0]
         weight = attention.joined_weight().detach()  # joined once here and not for every token
-        kv = weight.new_zeros(2, batch_size, len(attention.heads), len(head.tril), head.key.out_features)
+        # On a GPU every token is to be the same work at the same addresses, which can be captured once and replayed. A
+        # CPU attends faster to the filled part alone, and a single query does so 4 times as fast in float32.
+        self.whole = weight.is_cuda
+        dtype = weight.dtype if self.whole else torch.float32
+        kv = weight.new_zeros(2, batch_size, len(attention.heads), len(head.tril), head.key.out_features, dtype=dtype)
         self.register_buffer("weight", weight)
         self.register_buffer("kv", kv)
-        # On a GPU every token is to be the same work at the same addresses, which can be captured once and replayed.
-        # On a CPU, attending to the filled part alone generates 1.1 times as fast.
-        self.whole = kv.is_cuda
 
     def append(self, kv: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Keep keys and values (2, B, H, T, D) of these time steps (T,); return those of all so far, (2, B, H, S, D).
 
         Or those of all `block_size` time steps, where `whole`, of which the later ones mean nothing.
         """
-        self.kv.index_copy_(3, positions, kv)
+        self.kv.index_copy_(3, positions, kv.to(self.kv.dtype))
         return self.kv if self.whole else self.kv.narrow(3, 0, int(positions[-1]) + 1)
 
 
@@ -322,7 +323,6 @@ class GPTLanguageModel(nn.Module):
         """Token ids (B, T) -> (B, T + max_new_tokens): what `stream` yields with these options, appended."""
         return torch.cat([index, *self.stream(index, max_new_tokens, **options)], dim=1)
 
-    @torch.no_grad()
     def stream(
         self,
         index: torch.Tensor,
@@ -361,8 +361,11 @@ class GPTLanguageModel(nn.Module):
                 positions = torch.arange(start, start + new.shape[1], device=index.device)
                 start += new.shape[1]
                 # Single tokens take the way that `model.compile` may have compiled.
-                logits, _ = (self if new.shape[1] == 1 else self.forward)(new, None, positions, caches)
-                new = sample(logits[:, -1], temperature, top_k, generator)
+                step = self if new.shape[1] == 1 else self.forward
+                with torch.inference_mode():  # 1.05 times as fast as without gradients alone
+                    logits, _ = step(new, None, positions, caches)
+                    new = sample(logits[:, -1], temperature, top_k, generator)
+                new = new.clone()  # an ordinary tensor, which may be trained on
                 context = torch.cat([context, new], dim=1)
                 yield new
         finally:
@@ -698,6 +701,7 @@ def choose_device(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         parser.error(f"argument -device: there is no device {name!r} here")
     args.dtype = getattr(torch, args.dtype) if args.dtype else default_dtype(args.device)
     if args.device.type == "cuda":
+        torch.cuda.set_device(args.device)
         torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
 
 

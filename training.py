@@ -504,6 +504,7 @@ class Run:
                 self.seconds = time.monotonic() - started
                 bar.set_description(f"step {self.step}/{args.max_iters}", refresh=False)
                 if bar.update(tokens):  # reading the loss waits for the device, so do it only when the bar is drawn
+                    self.check(loss.item())
                     bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
                 evaluating = self.step % args.eval_interval == 0 or self.step == args.max_iters
                 if evaluating:
@@ -582,8 +583,9 @@ class Interruption:
 
     def note(self, number: int, frame) -> None:
         self.noted = number
-        if WORLD_SIZE == 1:
-            self.__exit__()
+        if WORLD_SIZE == 1:  # from now on the system ends the program, since Python would wait for a backward pass
+            for ending in self.before:
+                signal.signal(ending, signal.SIG_DFL)
 
     def agreed(self) -> int:
         """The signal that any process has received, or 0: all of them have to end after the same step."""

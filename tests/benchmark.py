@@ -1,11 +1,12 @@
 """Measure speed against the plain form in reference.py and against what the machine can do at best.
 
-    python tests/benchmark.py              all rows, one table, in a few minutes
+    python tests/benchmark.py              all quick rows, one table, in a few minutes
     python tests/benchmark.py -only step   one row
     python tests/benchmark.py -only learning -data_dir shakespeare    on another text
 
 Both sides of a row run in turn, A B A B ..., in this one process, so that a machine whose speed drifts still gives a
-fair ratio. Figures are medians; the ratio is the median of the pairs' ratios, with the lowest and the highest.
+fair ratio. Figures are medians; the ratio is the median of the pairs' ratios, with the lowest and the highest. On a
+machine with a GPU, steps and generation are measured on it (CUDA_VISIBLE_DEVICES= hides it).
 """
 
 import argparse
@@ -37,14 +38,19 @@ from model import GPTLanguageModel, Vocabulary, default_dtype, save_model  # noq
 SHAPES = {
     "default": ({"vocab_size": 100, "n_embd": 384, "block_size": 128, "dropout": 0.2}, 32),
     "small": ({"vocab_size": 100, "n_embd": 128, "block_size": 64, "dropout": 0.0}, 12),
+    "shakespeare": ({"vocab_size": 65, "n_head": 6, "n_layer": 6, "block_size": 256}, 64),  # nanoGPT's, for a GPU
+    "large": ({"vocab_size": 100, "n_embd": 768, "n_head": 12, "n_layer": 12, "block_size": 1024, "dropout": 0.0}, 32),
 }
 TARGET = 1.898  # which nanoGPT reaches on tiny Shakespeare in the small shape after its 2000 steps
-CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+FAST = default_dtype(DEVICE)
 
 
 def seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
@@ -70,9 +76,9 @@ def row(name: str, ours: str, reference: str, ratio: str, note: str = "") -> Non
 def matmul_rate(dtype: torch.dtype) -> float:
     """The best rate of a square multiplication, in FLOP/s: the ceiling for a training step."""
     rates = []
-    for size in (1024, 2048, 4096):
-        a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
-        a @ b
+    for size in (1024, 2048, 4096) if DEVICE.type == "cpu" else (4096, 8192):
+        a, b = (torch.randn(size, size, device=DEVICE, dtype=dtype) for _ in range(2))
+        seconds(lambda: a @ b)  # noqa: B023
         rates.append(2 * size**3 / statistics.median(seconds(lambda: a @ b) for _ in range(5)))  # noqa: B023
     return max(rates)
 
@@ -80,16 +86,18 @@ def matmul_rate(dtype: torch.dtype) -> float:
 def our_step(shape: str, dtype: torch.dtype, optimizer: str, folder: Path) -> tuple[Callable, GPTLanguageModel]:
     """One step of training.py: batch, forward, backward, clipping and optimizer."""
     config, batch_size = SHAPES[shape]
-    args = training.parse_args(["-device", "cpu", "-batch_size", str(batch_size), "-optimizer", optimizer])
-    args.dtype = dtype
-    model = GPTLanguageModel(**config).train()
+    flags = ["-batch_size", str(batch_size), "-optimizer", optimizer, "-dtype", name_of(dtype)]
+    args = training.parse_args(flags)
+    model = GPTLanguageModel(**config).to(DEVICE).train()
     learner = training.Optimizer(model, args)
     text = training.Text(folder / "output_train.txt", Vocabulary.from_file(folder / "vocab.txt"), config["block_size"])
     steps = iter(range(10**9))
+    compiled = args.compile == "on"
+    forward = training.compiled(model, training.get_batch(text, 0, args), args) if compiled else model
 
     def one_step():
         step = next(steps)
-        training.train_step(model, learner, training.get_batch(text, step, args), step, args).item()
+        training.train_step(forward, learner, training.get_batch(text, step, args), step, args).item()
 
     return one_step, model
 
@@ -98,9 +106,9 @@ def plain_step(shape: str) -> Callable:
     """The same work as the tutorial does it: float32, the batch cut from encoded text in a loop, no clipping."""
     config, batch_size = SHAPES[shape]
     block_size = config["block_size"]
-    model = PlainGPT(**config).train()
+    model = PlainGPT(**config).to(DEVICE).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    data = torch.randint(0, config["vocab_size"], (100_000,))
+    data = torch.randint(0, config["vocab_size"], (100_000,), device=DEVICE)
 
     def step():
         starts = torch.randint(len(data) - block_size, (batch_size,))
@@ -121,7 +129,9 @@ def measure_step(shape: str, dtype: torch.dtype, optimizer: str, folder: Path, p
     mine, other, ratios = in_turn(step, plain_step(shape), pairs)
     rate = max(rate, matmul_rate(dtype))
     config, batch_size = SHAPES[shape]
-    flops = 6 * sum(p.numel() for p in model.parameters()) * batch_size * config["block_size"] / mine
+    attention = 12 * len(model.blocks) * config["n_embd"] * config["block_size"]  # per token, see PaLM, appendix B
+    weights = sum(p.numel() for p in model.parameters())
+    flops = (6 * weights + attention) * batch_size * config["block_size"] / mine
     share = f"{flops / 1e9:.0f} GFLOP/s, {flops / rate:.0%} of the {rate / 1e9:.0f} of a matmul"
     name = f"training step, {shape} shape, {name_of(dtype)}, {optimizer}"
     row(name, f"{mine * 1e3:.1f} ms", f"{other * 1e3:.1f} ms", spread(ratios), share)
@@ -139,6 +149,15 @@ def step_float32(folder: Path) -> None:
 def step_small(folder: Path) -> None:
     for optimizer in training.LEARNING_RATES:
         measure_step("small", FAST, optimizer, folder, pairs=40)
+
+
+def step_shakespeare(folder: Path) -> None:
+    for optimizer in training.LEARNING_RATES:
+        measure_step("shakespeare", FAST, optimizer, folder, pairs=5)
+
+
+def step_large(folder: Path) -> None:
+    measure_step("large", FAST, "adamw", folder, pairs=5)
 
 
 def batch(folder: Path) -> None:
@@ -166,10 +185,11 @@ def learn(folder: Path, optimizer: str, max_iters: int) -> tuple[float, float, f
     """
     config, batch_size = SHAPES["small"]
     shape = {"block_size": config["block_size"], "n_embd": config["n_embd"], "batch_size": batch_size, "dropout": 0}
-    flags = {**shape, "optimizer": optimizer, "max_iters": max_iters, "data_dir": folder, "device": "cpu"}
+    flags = {**shape, "optimizer": optimizer, "max_iters": max_iters, "data_dir": folder}
     args = training.parse_args([f"-{name}={value}" for name, value in flags.items()])
     torch.manual_seed(args.seed)
     model, vocabulary = training.starting_model(args)
+    model.to(DEVICE)
     train_text, val_text = (
         training.Text(folder / name, vocabulary, args.block_size) for name in ("output_train.txt", "output_val.txt")
     )
@@ -182,7 +202,7 @@ def learn(folder: Path, optimizer: str, max_iters: int) -> tuple[float, float, f
     trained = seconds(train)
     whole, _ = training.evaluation_batches(val_text, val_text.size, 0, args)
     start = time.perf_counter()
-    return training.mean_loss(model, val_text, whole, CPU), trained, time.perf_counter() - start
+    return training.mean_loss(model, val_text, whole, DEVICE), trained, time.perf_counter() - start
 
 
 def learning(folder: Path) -> None:
@@ -196,18 +216,58 @@ def learning(folder: Path) -> None:
         row(name, f"{max_iters} steps, {trained:.1f} s", "", "", f"ends at {loss:.4f}, evaluated in {told:.1f} s")
 
 
+def steps_by_torchrun(folder: Path, processes: int, batch_size: int, count: int = 8) -> subprocess.Popen:
+    """Start a run of the default shape in processes of one thread each, and leave its seconds to `seconds_of`."""
+    flags = {"batch_size": batch_size, "max_iters": count, "eval_interval": count, "eval_iters": 1, "device": "cpu"}
+    model = Path(tempfile.mkdtemp(dir=folder)) / "model.pkl"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [*torchrun, str(ROOT / "training.py"), f"-data_dir={folder}", f"-model={model}"]
+    command += [f"-{name}={value}" for name, value in flags.items()]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    run = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, **quiet)
+    run.metrics, run.count = model.with_suffix(".metrics.csv"), count
+    return run
+
+
+def seconds_of(*runs: subprocess.Popen) -> float:
+    """Seconds per step of runs side by side, the mean of them."""
+    for run in runs:
+        assert run.wait() == 0
+    return statistics.mean(float(run.metrics.read_text().split(",")[-1]) / run.count for run in runs)
+
+
+def scale(folder: Path) -> None:
+    """One process, two that share the same rows, and two that have half of them each and nothing to tell each other."""
+    times = []
+    for _ in range(5):
+        one = seconds_of(steps_by_torchrun(folder, 1, 32))
+        two = seconds_of(steps_by_torchrun(folder, 2, 32))
+        apart = seconds_of(steps_by_torchrun(folder, 1, 16), steps_by_torchrun(folder, 1, 16))
+        times.append((one, two, apart))
+    one, two, _ = (statistics.median(side) for side in zip(*times))
+    talk = statistics.median(1 - apart / two for _, two, apart in times)
+    ratios = [one / two for one, two, _ in times]
+    note = f"talking takes {talk:.0%} of a step"
+    row("step in two processes, against one", f"{two * 1e3:.0f} ms", f"{one * 1e3:.0f} ms", spread(ratios), note)
+
+
 # Generating ----------------------------------------------------------------------------------------------------------
 
 
 def measure_generation(name: str, dtype: torch.dtype, sequences: int, tokens: int, pairs: int) -> None:
     config, _ = SHAPES["default"]
-    ours, plain = GPTLanguageModel(**config).eval().to(dtype), PlainGPT(**config).eval()
-    prompt = torch.zeros(sequences, 1, dtype=torch.long)
+    ours, plain = GPTLanguageModel(**config).eval().to(DEVICE, dtype), PlainGPT(**config).eval().to(DEVICE)
+    prompt = torch.zeros(sequences, 1, dtype=torch.long, device=DEVICE)
+    caches = ours.new_caches(sequences)
+    if DEVICE.type == "cuda":
+        ours.compile(mode="reduce-overhead", fullgraph=True)
     block_size, few = config["block_size"], tokens // 10
     # The plain form runs the whole context for every token. A tenth of the tokens, around the mean context, will do.
     mean_context = statistics.mean(min(t, block_size) for t in range(1, tokens + 1))
-    context = torch.zeros(sequences, int(mean_context - few / 2), dtype=torch.long)
-    mine, other, ratios = in_turn(lambda: ours.generate(prompt, tokens), lambda: plain.generate(context, few), pairs)
+    context = torch.zeros(sequences, int(mean_context - few / 2), dtype=torch.long, device=DEVICE)
+    mine, other, ratios = in_turn(
+        lambda: ours.generate(prompt, tokens, caches=caches), lambda: plain.generate(context, few), pairs
+    )
     scale = tokens / few
     rates = f"{sequences * tokens / mine:.0f} tok/s", f"{sequences * few / other:.0f} tok/s"
     row(name, *rates, spread([ratio * scale for ratio in ratios]), f"{name_of(dtype)}")
@@ -285,11 +345,8 @@ def extract(folder: Path) -> None:
 
 # The table -----------------------------------------------------------------------------------------------------------
 
-ROWS = {
-    function.__name__: function
-    for function in (step, step_float32, step_small, learning, generate, generate16, batch, startup, extract)
-}
-FAST = default_dtype(CPU)
+QUICK = (step, step_float32, step_small, generate, generate16, batch, startup, extract)
+ROWS = {function.__name__: function for function in (*QUICK, learning, scale, step_shakespeare, step_large)}
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -307,7 +364,7 @@ def provide_text(folder: Path, data_dir: Path | None) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("-only", choices=ROWS, help="measure this row alone")
+    parser.add_argument("-only", choices=ROWS, help="measure this row alone; some, which take long, only so")
     parser.add_argument("-data_dir", type=Path, help="folder with the three files of a text; else, the built-in sample")
     args = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, Python {sys.version.split()[0]}\n")
@@ -316,7 +373,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         provide_text(Path(folder), args.data_dir)
         for name, measure in ROWS.items():
-            if args.only in (None, name):
+            if args.only == name or (args.only is None and measure in QUICK):
                 measure(Path(folder))
 
 

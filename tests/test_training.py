@@ -310,7 +310,7 @@ def test_an_earlier_model_is_kept(texts, capsys):
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_model(texts):
     run_in(texts, "-max_iters", 2)
     before = (texts / "model-01.pkl").read_bytes()
-    with pytest.raises(training.TrainingError, match=r"the loss is (nan|inf) after step 6, at .* -learning_rate"):
+    with pytest.raises(training.TrainingError, match=r"the loss is (nan|inf) after step [1-6], at .* -learning_rate"):
         run_in(texts, "-max_iters", 20, "-eval_interval", 6, "-learning_rate", 1e30, "-warmup_iters", 0)
     assert (texts / "model-01.pkl").read_bytes() == before
 
@@ -629,8 +629,8 @@ def test_a_second_interrupt_ends_at_once(texts, start_script):
     for _ in range(2):
         time.sleep(1)
         run.send_signal(signal.SIGINT)
-    _, errors = run.communicate(timeout=10)
-    assert run.returncode == 130 and "Traceback" not in errors
+    _, errors = run.communicate(timeout=2)
+    assert run.returncode == -signal.SIGINT and "Traceback" not in errors  # which a shell calls 130
     assert not (texts / "model-01.state.pkl").exists()
 
 
