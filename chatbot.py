@@ -27,13 +27,18 @@ with contextlib.suppress(ImportError):  # not on Windows
     import readline  # noqa: F401  (gives input() arrow keys and a history)
 
 
+REPLACEMENT = "\ufffd"  # what data_extract.py -min_count makes of rare characters; read, but never written
+
+
 def encode_prompt(prompt: str, vocabulary: Vocabulary) -> list[int]:
-    """The prompt's token ids, less the characters that the model has never seen, with a notice that names them."""
+    """The prompt's token ids; characters that the model has never seen become U+FFFD or nothing, with a notice."""
     unknown = sorted(set(prompt) - set(vocabulary.characters))
+    substitute = REPLACEMENT if REPLACEMENT in vocabulary.ids else ""
     if unknown:
         names = " ".join(repr(character) for character in unknown)
-        print(f"left out, as the model has never seen them: {names}", file=sys.stderr)
-    known = "".join(character for character in prompt if character in vocabulary.ids)
+        fate = "replaced by U+FFFD" if substitute else "left out"
+        print(f"{fate}, as the model has never seen them: {names}", file=sys.stderr)
+    known = "".join(character if character in vocabulary.ids else substitute for character in prompt)
     return vocabulary.encode(known or ("\n" if "\n" in vocabulary.ids else vocabulary.characters[0]))
 
 
@@ -42,6 +47,7 @@ def answer(prompt: str, model: GPTLanguageModel, vocabulary: Vocabulary, args: a
     ids = encode_prompt(prompt, vocabulary)
     index = torch.tensor([ids], device=args.device).expand(args.batch_size, -1)
     options = {name: getattr(args, name) for name in ("temperature", "top_k", "generator", "caches")}
+    options["never"] = [vocabulary.ids[REPLACEMENT]] if REPLACEMENT in vocabulary.ids else []
     if args.batch_size > 1:
         for i, row in enumerate(model.generate(index, args.max_new_tokens, **options).tolist(), start=1):
             print(f"Completion {i}:\n{vocabulary.decode(row)}")
@@ -115,6 +121,8 @@ def run(args: argparse.Namespace) -> int:
     if args.top_k and args.top_k > len(vocabulary):
         print(f"chatbot.py: argument -top_k: the model knows only {len(vocabulary)} characters", file=sys.stderr)
         return 2
+    if vocabulary.characters == REPLACEMENT:
+        raise ModelFileError(f"{args.model}: knows no character but U+FFFD, so it can't answer; train on other text")
     model.to(args.dtype)
     args.generator = torch.Generator(args.device)
     args.generator.seed() if args.seed is None else args.generator.manual_seed(args.seed)

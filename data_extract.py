@@ -338,8 +338,8 @@ class Extracted:
     characters: int = 0
     size: int = 0  # bytes of text
     replaced: int = 0  # invalid byte sequences that became U+FFFD
-    characters_seen: Counter[str] = field(default_factory=Counter)  # how often: exact below -min_count
-    rare: Counter[str] = field(default_factory=Counter)  # characters seen less often, which became U+FFFD
+    characters_seen: Counter[str] = field(default_factory=Counter)  # how often, or at least -min_count
+    rare: Counter[str] = field(default_factory=Counter)  # those seen less often, which became U+FFFD
     damage: str = ""
 
     def add(self, other: "Extracted") -> None:
@@ -358,6 +358,7 @@ class Relay:
 
     def __init__(self, context: multiprocessing.context.BaseContext, outputs: list[Path], min_count: int):
         self.outputs, self.min_count = outputs, min_count
+        self.ascii_counts = np.zeros(128, dtype=np.int64)  # each worker's own
         self.started = context.Semaphore(0)  # released once by every worker
         self.condition = context.Condition()
         self.turn = context.Value("q", 0, lock=False)
@@ -396,7 +397,7 @@ def extract_archive(index: int, archive: Archive, split: int) -> Extracted:
     found, held, held_size = Extracted(), [], 0
     with naming(relay.outputs[split]), open(relay.outputs[split], "r+b") as file:
         try:
-            for text in read_clean(archive, found, relay.min_count):
+            for text in read_clean(archive, found, relay.min_count, relay.ascii_counts):
                 held.append(text)
                 held_size += len(text)
                 if held_size > BUFFER:
@@ -413,9 +414,15 @@ def extract_archive(index: int, archive: Archive, split: int) -> Extracted:
     return found
 
 
-def read_clean(archive: Archive, found: Extracted, min_count: int = 1) -> Iterator[bytes]:
-    """Yield an archive's text as valid UTF-8 with `\n` line ends, in chunks, and count in `found` what is in it."""
-    counts = np.zeros(128, dtype=np.int64)
+def read_clean(
+    archive: Archive, found: Extracted, enough: int = 1, ascii_counts: np.ndarray | None = None
+) -> Iterator[bytes]:
+    """Yield an archive's text as valid UTF-8 with `\n` line ends, in chunks, and count in `found` what is in it.
+
+    An ASCII character is counted until there are `enough` of it, those of earlier archives in `ascii_counts` included.
+    """
+    earlier = np.zeros(128, dtype=np.int64) if ascii_counts is None else ascii_counts
+    counts = earlier.copy()  # by code point
     for data in read_chunks(archive, found):
         if b"\r" in data:
             data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
@@ -427,8 +434,14 @@ def read_clean(archive: Archive, found: Extracted, min_count: int = 1) -> Iterat
             data = text.encode()
         found.characters += len(text)
         found.size += len(data)
-        counts = add_counts(counts, data, min_count)
+        # Most characters are ASCII and soon known well enough. Deleting those takes 0.4 s per GB, counting them 7 s.
+        frequent = np.flatnonzero(counts[:128] >= enough)
+        more = np.bincount(code_points(data.translate(None, bytes(frequent.tolist()))), minlength=len(counts))
+        more[: len(counts)] += counts
+        counts = more
         yield data
+    counts[:128] -= earlier
+    earlier += counts[:128]
     seen = np.flatnonzero(counts)
     found.characters_seen = Counter(dict(zip(map(chr, seen.tolist()), counts[seen].tolist())))
 
@@ -444,20 +457,6 @@ def read_chunks(archive: Archive, found: Extracted) -> Iterator[bytes]:
             yield b"".join(pieces)
             pieces, size = [], 0
     yield b"".join(pieces)
-
-
-def add_counts(counts: np.ndarray, data: bytes, enough: int) -> np.ndarray:
-    """Add how often each character is in a text, by code point; ASCII is counted until there is `enough` of it.
-
-    Most characters are ASCII and stand in the first pages often enough. Deleting those takes 0.4 s per GB, counting
-    them one by one 7 s.
-    """
-    first = np.bincount(np.frombuffer(data[:50_000], dtype=np.uint8), minlength=128)[:128]
-    frequent = np.flatnonzero(counts[:128] + first >= enough)
-    counts[frequent] += first[frequent]
-    more = np.bincount(code_points(data.translate(None, bytes(frequent.tolist()))), minlength=len(counts))
-    more[: len(counts)] += counts
-    return more
 
 
 def code_points(data: bytes) -> np.ndarray:
@@ -594,24 +593,26 @@ def replace_rare(outputs: list[Path], totals: tuple[Extracted, Extracted], min_c
     """Put U+FFFD in the place of all characters that both texts together hold fewer than `min_count` times."""
     counts = totals[TRAIN].characters_seen + totals[VAL].characters_seen
     rare = {character for character, count in counts.items() if count < min_count} - {REPLACEMENT}
-    if rare and not counts.keys() - rare - {REPLACEMENT}:
+    if not rare:
+        return
+    if not counts.keys() - rare - {REPLACEMENT}:
         raise DataError(f"no character is seen {min_count:,} times; lower -min_count or add more text")
-    for path, total in zip(outputs, totals) if rare else ():
-        with replaced_together([path]) as (new,):
-            rewrite(path, new, rare)
+    for path, total in zip(outputs, totals):
+        rewrite(path, outputs[VOCAB], rare)  # a temporary file with nothing in it yet
+        os.replace(outputs[VOCAB], path)
         seen, total.size = total.characters_seen, path.stat().st_size
         total.rare = Counter({character: seen.pop(character) for character in rare & seen.keys()})
         seen[REPLACEMENT] += total.rare.total()
 
 
 def rewrite(path: Path, new: Path, rare: set[str]) -> None:
-    """Copy a text, less the rare characters, which are looked for only among those that are not frequent ASCII."""
+    """Copy a text with U+FFFD for its rare characters, which are looked for only where there is no frequent ASCII."""
     is_rare = np.zeros(sys.maxunicode + 1, dtype=bool)
     is_rare[[ord(character) for character in rare]] = True
     frequent = bytes(np.flatnonzero(~is_rare[:128]).tolist())
     may_start = bytes(byte >= 0xC0 or (byte < 0x80 and byte not in frequent) for byte in range(256))
     bar = tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc="replacing", dynamic_ncols=True)
-    with bar, naming(new), open(path, "rb") as old, open(new, "wb") as file:
+    with bar, naming(path), open(path, "rb") as old, open(new, "wb") as file:
         for text in split_safely(b"", old):
             codes = code_points(text.translate(None, frequent))
             starts = np.flatnonzero(np.frombuffer(text.translate(may_start), dtype=bool))

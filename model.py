@@ -15,7 +15,7 @@ import struct
 import sys
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -330,13 +330,14 @@ class GPTLanguageModel(nn.Module):
         temperature: float = 1.0,
         top_k: int | None = None,
         generator: torch.Generator | None = None,
+        never: Sequence[int] = (),
         caches: list[Cache] | None = None,
     ) -> Iterator[torch.Tensor]:
         """Yield the next token of each sequence (B, 1), `max_new_tokens` times, while the model is in eval mode.
 
         `temperature` divides the logits: below 1 the likely characters get likelier, 0 always takes the likeliest.
-        `top_k` leaves only the k likeliest to choose from. `caches` are those of an earlier call, to be used again.
-        Raises ValueError for bad arguments or ids.
+        `top_k` leaves only the k likeliest to choose from, `never` all but these ids. `caches` are those of an earlier
+        call, to be used again. Raises ValueError for bad arguments or ids.
 
         While the text fits into `block_size`, caches give exactly what the whole model would. From then on the model
         sees the latest half to whole `block_size` tokens: whenever the window is full, it is started anew from its
@@ -348,6 +349,9 @@ class GPTLanguageModel(nn.Module):
             raise ValueError(f"the context must be one or more token ids from 0 to {vocab_size - 1}")
         if not temperature >= 0 or (top_k is not None and not 0 < top_k <= vocab_size):
             raise ValueError(f"temperature must be 0 or more and top_k between 1 and {vocab_size}")
+        if not set(never) < set(range(vocab_size)):
+            raise ValueError(f"never must be some token ids from 0 to {vocab_size - 1}, not all")
+        banned = torch.tensor(never, dtype=torch.long, device=index.device)
         was_training = self.training
         self.eval()
         caches = caches or self.new_caches(len(index))
@@ -364,7 +368,8 @@ class GPTLanguageModel(nn.Module):
                 step = self if new.shape[1] == 1 else self.forward
                 with torch.inference_mode():  # 1.05 times as fast as without gradients alone
                     logits, _ = step(new, None, positions, caches)
-                    new = sample(logits[:, -1], temperature, top_k, generator)
+                    logits = logits[:, -1].index_fill(1, banned, -math.inf)
+                    new = sample(logits, temperature, top_k, generator)
                 new = new.clone()  # an ordinary tensor, which may be trained on
                 context = torch.cat([context, new], dim=1)
                 yield new

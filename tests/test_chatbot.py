@@ -93,6 +93,41 @@ def test_unknown_characters_are_left_out_with_one_notice(chat):
     assert errors == "left out, as the model has never seen them: 'Ä' '🙂'\n"
 
 
+@pytest.fixture
+def with_replacement(folder):
+    """A model that would hardly write anything but U+FFFD, if it were let."""
+    characters = "ab\ufffd🙂"
+    model = GPTLanguageModel(len(characters), n_embd=16, n_head=2, n_layer=1, block_size=16)
+    with torch.no_grad():
+        model.lm_head.bias[characters.index("\ufffd")] = 30
+    save_model(folder / "replacement.pkl", model, Vocabulary(characters))
+    return "-model", "replacement.pkl"
+
+
+def test_unknown_characters_become_u_fffd_where_the_model_has_it(chat, with_replacement):
+    status, output, errors = chat("-prompt", "aÄ\ufffdbÄ🚀", *with_replacement)
+    assert status == 0 and output.startswith("Completion:\na\ufffd\ufffdb\ufffd\ufffd")
+    assert errors == "replaced by U+FFFD, as the model has never seen them: 'Ä' '🚀'\n"
+    status, output, errors = chat("-prompt", "ab\ufffd", *with_replacement)
+    assert status == 0 and output.startswith("Completion:\nab\ufffd") and errors == ""
+
+
+@pytest.mark.parametrize("flags", [(), ("-temperature", 0), ("-top_k", 1), ("-top_k", 4), ("-dtype", "bfloat16")])
+def test_u_fffd_is_never_written(chat, with_replacement, flags):
+    for more in ((), ("-batch_size", 2)):
+        status, output, _ = chat("-prompt", "Ä", "-max_new_tokens", 100, *flags, *more, *with_replacement)
+        assert status == 0 and output.count("\ufffd") == (2 if more else 1)
+        assert len(output) > 100
+
+
+def test_a_model_that_knows_only_u_fffd_is_a_clear_line(chat, folder):
+    model = GPTLanguageModel(1, n_embd=4, n_head=1, n_layer=1, block_size=4)
+    save_model(folder / "only.pkl", model, Vocabulary("\ufffd"))
+    status, output, errors = chat("-prompt", "a", "-model", "only.pkl")
+    assert status == 1 and output == ""
+    assert errors.startswith("chatbot.py: only.pkl: knows no character but U+FFFD") and errors.count("\n") == 1
+
+
 @pytest.mark.parametrize("prompt", ["", "ÄÖ"])
 def test_a_prompt_with_nothing_known_is_answered_from_a_newline(chat, prompt):
     _, output, _ = chat("-prompt", prompt)

@@ -219,6 +219,7 @@ def test_summary_counts_documents_characters_megabytes_vocabulary_and_replacemen
     ]
     assert re.search(r"vocabulary: 5 characters; .*: 1\n", result.stdout)
     assert re.search(r"wrote .*output_train.txt.* in \d+\.\d s\n", result.stdout)
+    assert "fewer than" not in result.stdout
     assert "MB of text" in result.stderr
 
 
@@ -900,10 +901,9 @@ def test_ascii_is_counted_exactly_below_min_count_however_much_text_there_is(tmp
             assert count == text.count(character) or least <= count <= text.count(character)
 
 
-@pytest.mark.parametrize("nesting", ["outer tars", "plain text"])
-def test_min_count_in_a_real_run_with_a_sample_and_the_summary(run_script, tmp_path, nesting):
+def test_min_count_in_a_real_run_with_a_sample_and_the_summary(run_script, tmp_path):
     corpus = shards(11)
-    put(tmp_path / "in", NESTINGS[nesting](corpus))
+    put(tmp_path / "in", as_outer_tars(corpus))
     taken = take_sample(find_archives(tmp_path / "in", set()), 0.5, 7)
     texts = [documents(corpus[Path(archive.name).stem]) for archive in taken]
     rare = {character: count for character, count in Counter("".join(texts)).items() if count < 50}
@@ -915,12 +915,10 @@ def test_min_count_in_a_real_run_with_a_sample_and_the_summary(run_script, tmp_p
     assert read_three(tmp_path / "out") == expected and len(list((tmp_path / "out").iterdir())) == 3
     assert f"vocabulary: {len(expected[2].decode()) // 2} characters" in result.stdout
     assert f"fewer than 50 times replaced by U+FFFD: {sum(rare.values()):,} ({len(rare)} different)" in result.stdout
-    assert "fewer than" not in run_script(SCRIPT, *args).stdout
 
 
-@pytest.mark.parametrize("text", ["ab\n" * 99, "\ufffd" * 100 + "a", "é\n" * 99])
-def test_a_text_in_which_everything_is_rare_is_a_clear_line(run_script, earlier, tmp_path, text):
-    put(tmp_path / "in", {"a.txt": text.encode()})
+def test_a_text_in_which_everything_is_rare_is_a_clear_line(run_script, earlier, tmp_path):
+    put(tmp_path / "in", {"a.txt": ("ab\né" * 99 + "\ufffd" * 100).encode()})
     line = complaint(run_script(SCRIPT, "-data_dir", "in", "-output_dir", "out", "-min_count", "100"))
     assert "no character is seen 100 times; lower -min_count" in line
 
@@ -931,7 +929,7 @@ def test_a_disk_that_fills_up_with_replacements_is_a_clear_line(run_script, earl
     put(tmp_path / "in", {"a.txt": text.encode(), "b.txt": b"b"})
     args = ["-data_dir", "in", "-output_dir", "out", "-min_count", "100"]
     result = run_script(SCRIPT, *args, preexec_fn=lambda: limit_file_size(len(text.encode()) + 99))
-    assert re.search(rf"output_train.txt.*: {os.strerror(errno.EFBIG)}", complaint(result))
+    assert re.search(rf"output_train.txt.tmp: {os.strerror(errno.EFBIG)}", complaint(result))
 
 
 # Samples of the corpus -----------------------------------------------------------------------------------------------
@@ -1022,10 +1020,10 @@ def test_memory_stays_bounded_while_rare_characters_are_replaced(tmp_path):
     lines = repeated(LINE + b"\n", 2 << 30)
     put(
         tmp_path / "in",
-        {"1.xz": lines, "2.xz": xz(CHARACTERS.encode()), "3.xz": repeated(CHARACTERS.encode(), 1 << 28)},
+        {"1.xz": lines, "2.xz": xz(CHARACTERS.encode()), "3.xz": repeated(CHARACTERS.encode(), 1 << 25)},
     )
     peak, output = run_measured("-data_dir", tmp_path / "in", "-output_dir", tmp_path / "out", "-min_count", "1000000")
-    assert peak < 300 and "(5,0" in output
+    assert peak < 300 and "(4,997 different)" in output  # 5,000 but for three of LINE's
     for name in NAMES:
         (tmp_path / "out" / name).unlink()
 
