@@ -6,13 +6,22 @@ continues text in the manner of the text that it was trained on.
 
 import argparse
 import contextlib
-import os
 import sys
 from pathlib import Path
 
 import torch
 
-from model import Cache, GPTLanguageModel, ModelFileError, Vocabulary, choose_device, load_model, number
+from model import (
+    Cache,
+    GPTLanguageModel,
+    ModelFileError,
+    Vocabulary,
+    choose_device,
+    is_out_of_memory,
+    load_model,
+    number,
+    open_closed_streams,
+)
 
 with contextlib.suppress(ImportError):  # not on Windows
     import readline  # noqa: F401  (gives input() arrow keys and a history)
@@ -36,7 +45,7 @@ def encode_prompt(prompt: str, vocabulary: Vocabulary) -> list[int]:
 def answer(prompt: str, model: GPTLanguageModel, vocabulary: Vocabulary, args: argparse.Namespace) -> None:
     """Print the prompt and what the model makes of it, as it is made; several completions whole, one after another."""
     ids = encode_prompt(prompt, vocabulary)
-    index = torch.tensor([ids] * args.batch_size, device=args.device)
+    index = torch.tensor([ids], device=args.device).expand(args.batch_size, -1)
     options = {name: getattr(args, name) for name in ("temperature", "top_k", "generator", "caches")}
     options["never"] = [vocabulary.ids[REPLACEMENT]] if REPLACEMENT in vocabulary.ids else []
     if args.batch_size > 1:
@@ -124,25 +133,34 @@ def run(args: argparse.Namespace) -> int:
         answer(args.prompt, model, vocabulary, args)
     else:
         chat(model, vocabulary, args)
+    sys.stdout.flush()
     return 0
 
 
 def main() -> int:
+    open_closed_streams()
     args = parse_args()
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", errors="replace")
     try:
         return run(args)
     except ModelFileError as error:
-        print(f"chatbot.py: {error}", file=sys.stderr)
-    except BrokenPipeError:  # the reader of the output, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        message = str(error)
     except OSError as error:
-        hint = "; train one with training.py, or name yours with -model" if isinstance(error, FileNotFoundError) else ""
-        print(f"chatbot.py: {error.filename}: {error.strerror}{hint}", file=sys.stderr)
+        if not error.filename:
+            sys.stdout = None  # or Python would try to write to it once more
+        if isinstance(error, BrokenPipeError):  # the reader of the output, such as `head`, has seen enough
+            return 0
+        message = f"{error.filename or 'standard output'}: {error.strerror}"
+        if error.filename == str(args.model) and isinstance(error, FileNotFoundError):
+            message += "; train one with training.py, or name yours with -model"
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        message = "not enough memory; try a smaller -batch_size"
     except KeyboardInterrupt:
         return 130
+    print("chatbot.py: " + message.replace("\n", r"\n"), file=sys.stderr)
     return 1
 
 

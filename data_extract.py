@@ -86,7 +86,7 @@ class Archive(NamedTuple):
         return self.name.lower().endswith(".tar")
 
 
-def find_archives(data_dir: Path, ignore: set[Path]) -> list[Archive]:
+def find_archives(data_dir: Path, ignore: set[str]) -> list[Archive]:
     """All archives below `data_dir` but the files in `ignore`, sorted by their own file name, then by path.
 
     The `.xz` members of a `.tar` are archives of their own, so a corpus comes out in the same order whether its outer
@@ -102,7 +102,7 @@ def find_archives(data_dir: Path, ignore: set[Path]) -> list[Archive]:
     for folder, subfolders, files in os.walk(data_dir, onerror=fail):
         subfolders[:] = [name for name in subfolders if not is_hidden(name)]
         for path in (Path(folder, name) for name in files if not is_hidden(name)):
-            if path.suffix.lower() not in {".tar", ".xz", ".txt"} or path.resolve() in ignore:
+            if path.suffix.lower() not in {".tar", ".xz", ".txt"} or os.path.realpath(path) in ignore:
                 continue
             status = path.stat()
             if stat.S_ISREG(status.st_mode):  # not a pipe or a device, which may never end
@@ -204,6 +204,8 @@ def read_documents(archive: Archive) -> Iterator[tuple[bytes, bool]]:
                 yield from read_tar(stream, head, archive.is_tar)
             elif archive.is_tar:
                 raise Damaged("it is not a tar file")
+            elif head.startswith(b"\xfd7zXZ\0"):
+                raise Damaged("it holds an .xz file where text belongs; unpack that with xz -d")
             else:
                 yield from ((piece, False) for piece in split_safely(head.removeprefix(BOM), stream))
                 yield b"", True
@@ -553,10 +555,10 @@ def available_cores() -> int:
 @contextmanager
 def replaced_together(paths: list[Path]) -> Iterator[list[Path]]:
     """Give temporary paths to write to; if the block succeeds they replace `paths`, otherwise they are removed."""
-    for path in paths:
+    temporary = [path.with_name(path.name + ".tmp") for path in paths]
+    for path in [*paths, *temporary]:
         if path.is_dir():
             raise DataError(f"{path}: is a folder where the output belongs; move it away or name another -output_dir")
-    temporary = [path.with_name(path.name + ".tmp") for path in paths]
     try:
         yield temporary
         for path in temporary:
@@ -682,7 +684,7 @@ def run(args: argparse.Namespace, sample_folder: Path) -> None:
         print(f"no {DEFAULT_DATA_DIR} folder here: using the built-in sample, the Python reference", file=sys.stderr)
         data_dir = sample_folder
         write_sample(sample_folder)
-    archives = find_archives(data_dir, ignore={(args.output_dir / name).resolve() for name in OUTPUT_NAMES})
+    archives = find_archives(data_dir, ignore={os.path.realpath(args.output_dir / name) for name in OUTPUT_NAMES})
     archives = take_sample(archives, args.sample_rate, args.seed)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     train, val, left_out = extract(archives, args.output_dir, args.skip_corrupt, args.min_count)
@@ -700,10 +702,13 @@ def run(args: argparse.Namespace, sample_folder: Path) -> None:
     for line in left_out:
         print(f"left out: {line}")
     names = ", ".join(str(args.output_dir / name) for name in OUTPUT_NAMES)
-    print(f"wrote {names} in {time.perf_counter() - started:.1f} s")
+    print(f"wrote {names} in {time.perf_counter() - started:.1f} s", flush=True)
 
 
 def main() -> int:
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # the program was started with `>&-`
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     args = parse_args()
     sys.stdout.reconfigure(errors="backslashreplace")  # names of archives need not be valid in any encoding
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -711,15 +716,18 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as sample_folder:
             run(args, Path(sample_folder))
     except DataError as error:
-        print(f"data_extract.py: {error}", file=sys.stderr)
-        return 1
+        message = str(error)
     except OSError as error:
-        print(f"data_extract.py: {error.filename or 'standard output'}: {error.strerror}", file=sys.stderr)
-        return 1
+        message = f"{error.filename or 'standard output'}: {error.strerror}"
+        if not error.filename:
+            sys.stdout = None  # or Python would try to write to it once more
     except KeyboardInterrupt:
         print("data_extract.py: interrupted; nothing was changed", file=sys.stderr)
         return 128 + signal.SIGINT
-    return 0
+    else:
+        return 0
+    print("data_extract.py: " + message.replace("\n", r"\n"), file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

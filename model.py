@@ -11,6 +11,7 @@ import os
 import pickletools
 import re
 import struct
+import sys
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -382,7 +383,7 @@ def sample(
     logits: torch.Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None
 ) -> torch.Tensor:
     """Logits (B, V) -> ids (B, 1)"""
-    if temperature == 0:
+    if temperature < 1e-30:  # by less, float32 can't divide
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits.float()
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # at most 0, so that nothing overflows
@@ -729,13 +730,29 @@ NAMES |= {f"{module} {name}": Module for module, names in MODULES.items() for na
 # What training.py and chatbot.py share of their command lines
 
 
-def number(kind: type, least: float, below: float = math.inf):
-    """A type for argparse: an int or float from `least` up."""
+def open_closed_streams() -> None:
+    """Let standard streams that this program was started without (`<&-`, `>&-`) lead nowhere."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says so, or that a size is beyond all memory, which torch and numpy word in many ways."""
+    words = "memory|too big|Storage size|dimension exceeded"
+    return isinstance(error, MemoryError) or re.search(words, str(error)) is not None
+
+
+def number(kind: type, least: float, below: float | None = None):
+    """A type for argparse: an int or a finite float from `least` up."""
+    below = below or (2**31 if kind is int else math.inf)
 
     def parse(text: str):
         value = kind(text)
-        if not least <= value < below:
-            raise argparse.ArgumentTypeError(f"{text} is not {least} or more" + f", below {below}" * (below < math.inf))
+        if not value >= least:
+            raise argparse.ArgumentTypeError(f"{text} is not {least} or more")
+        if not value < below:
+            raise argparse.ArgumentTypeError(f"{text} is not below {below}")
         return value
 
     parse.__name__ = kind.__name__  # argparse names it in "invalid int value"

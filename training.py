@@ -39,8 +39,10 @@ from model import (
     build_model,
     choose_device,
     default_dtype,
+    is_out_of_memory,
     load_model,
     number,
+    open_closed_streams,
     read_model_file,
     replacing,
     save_model,
@@ -75,6 +77,8 @@ class Text:
         with open(path, "rb") as file:
             self.size = os.fstat(file.fileno()).st_size
             self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else b""
+        if self.size and hasattr(mmap, "MADV_RANDOM"):  # or the system reads megabytes around every row
+            self.bytes.madvise(mmap.MADV_RANDOM)
         self.array = np.frombuffer(self.bytes, dtype=np.uint8)
         tail = self.array[-4 * self.row_length :]  # a character has at most 4 bytes
         starts = np.flatnonzero(~is_continuation(tail))
@@ -385,11 +389,17 @@ class Metrics:
     COLUMNS = ("step", "train_loss", "val_loss", "learning_rate", "tokens", "seconds")
 
     def __init__(self, path: Path, resumed_step: int = 0):
-        """Keep what the file already holds of the run up to `resumed_step`. Raises OSError."""
+        """Keep what the file already holds of the run up to `resumed_step`. Raises OSError and TrainingError."""
         self.path, self.rows = path, []
         if resumed_step and path.exists():
-            with open(path, encoding="utf-8", newline="") as file:
-                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= resumed_step]
+            try:
+                with open(path, encoding="utf-8", newline="") as file:
+                    _header, *rows = (dict(zip(self.COLUMNS, line, strict=True)) for line in csv.reader(file))
+                for row in rows:
+                    step, *_ = map(float, row.values())
+                    self.rows += [row] * (step <= resumed_step)
+            except (ValueError, csv.Error) as error:
+                raise TrainingError(f"{path}: does not hold the metrics of a run; move it away") from error
 
     def add(self, *values: float) -> None:
         self.rows.append(dict(zip(self.COLUMNS, values, strict=True)))
@@ -406,7 +416,7 @@ class Metrics:
 
         figure = Figure(figsize=(8, 5), layout="constrained")
         axes = figure.subplots()
-        steps = [int(row["step"]) for row in self.rows]
+        steps = [float(row["step"]) for row in self.rows]
         for column, label in (("train_loss", "training text"), ("val_loss", "validation text")):
             axes.plot(steps, [float(row[column]) for row in self.rows], marker=".", label=label)
         axes.set(xlabel="step", ylabel="loss (nats per character)", title=self.path.name.removesuffix(".metrics.csv"))
@@ -463,6 +473,7 @@ class Run:
             raise ModelFileError(f"{source}: does not hold a run to go on with") from error
         if texts_changed:
             raise TrainingError(f"{self.args.data_dir}: the texts are not those that {source} began with; start anew")
+        self.metrics = Metrics(self.metrics.path, self.step)
 
     def _restore(self, state: dict) -> None:
         step, seconds, best, best_step, stale = state["progress"]
@@ -473,7 +484,6 @@ class Run:
         self.optimizer.restore(state["optimizer"])
         if not self.args.model.exists():
             self.best = math.inf
-        self.metrics = Metrics(self.metrics.path, self.step)
 
     def save_state(self) -> None:
         if RANK == 0:
@@ -560,7 +570,8 @@ class Run:
         part = "the whole" if whole else f"{limit * args.block_size / characters:.2%} of the"
         print(
             f"best model, of step {self.best_step}: {loss:.4f} nats = {loss / math.log(2):.3f} bits per character over "
-            f"{part} validation text, in {args.model}; talk to it: python chatbot.py{model_flag(args)}"
+            f"{part} validation text, in {args.model}; talk to it: python chatbot.py{model_flag(args)}",
+            flush=True,
         )
 
 
@@ -688,7 +699,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     if args.n_embd % args.n_head:
         parser.error(f"argument -n_embd: {args.n_embd} is not a multiple of -n_head {args.n_head}")
     if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):
-        parser.error(f"argument -plot: {args.plot} does not end in .png, .svg or .pdf")
+        parser.error(f"argument -plot: {str(args.plot)!r} does not end in .png, .svg or .pdf")
     if args.learning_rate is None:
         args.learning_rate = LEARNING_RATES[args.optimizer]
     unsaved = {"model", "resume", "vocab_size"}
@@ -748,8 +759,10 @@ def model_flag(args: argparse.Namespace) -> str:
 
 
 def run(args: argparse.Namespace, interruption: Interruption) -> int:
-    if args.model.is_dir() or not args.model.parent.is_dir():
-        raise TrainingError(f"{args.model}: -model must name a file in a folder that exists")
+    for flag, path in (("model", args.model), ("plot", args.plot)):
+        writable = path is None or (path.parent.is_dir() and os.access(path.parent, os.W_OK))
+        if not writable or (path and path.exists() and not path.is_file()):
+            raise TrainingError(f"{path}: -{flag} must name a file in a folder that exists and can be written to")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         print("no picture will be drawn: -plot needs matplotlib, pip install matplotlib", file=sys.stderr)
         args.plot = None
@@ -799,10 +812,11 @@ def keep_old(model: Path) -> None:
 
 
 def main() -> int:
+    open_closed_streams()
     errors, who = sys.stderr, f" process {RANK} of {WORLD_SIZE}:" if WORLD_SIZE > 1 else ""
 
     def complain(message: str) -> None:
-        print(f"training.py:{who} {message}", file=errors)
+        print(f"training.py:{who} " + message.replace("\n", r"\n"), file=errors)
 
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not fit the encoding
     if RANK > 0:  # the first process speaks for all
@@ -819,9 +833,11 @@ def main() -> int:
             hint = "; run data_extract.py first, or name its -data_dir"
         if isinstance(error, FileNotFoundError) and name.endswith(".state.pkl"):
             hint = "; there is no run to go on with, start one without -resume"
+        if not error.filename:
+            sys.stdout = None  # or Python would try to write to it once more
         complain(f"{name}: {error.strerror}{hint}")
-    except (MemoryError, RuntimeError) as error:
-        if "memory" in str(error) or isinstance(error, MemoryError):
+    except (MemoryError, RuntimeError, ValueError) as error:
+        if is_out_of_memory(error):
             complain("not enough memory; try a higher -grad_accum or a smaller -batch_size, -n_embd or -block_size")
         elif re.search("gloo|NCCL", str(error)):
             complain("lost another process; -resume goes on from the last saved state")

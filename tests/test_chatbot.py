@@ -182,28 +182,3 @@ def test_ctrl_c_stops_an_answer_and_then_leaves(start_script, folder):
     run.send_signal(signal.SIGINT)
     _, errors = run.communicate(timeout=30)
     assert run.returncode == 0 and errors == "(stopped)\n"
-
-
-@pytest.mark.parametrize(
-    ("flags", "status", "message"),
-    [
-        (["-max_new_tokens", 0], 2, "argument -max_new_tokens"),
-        (["-temperature", -1], 2, "argument -temperature"),
-        (["-temperature", "hot"], 2, "argument -temperature"),
-        (["-top_k", 0], 2, "argument -top_k"),
-        (["-top_k", 29], 2, "argument -top_k: the model knows only 28 characters"),
-        (["-batch_size", 1.5], 2, "argument -batch_size"),
-        (["-device", "nonsense"], 2, "argument -device"),
-        (["-unknown"], 2, "unrecognized"),
-        (["-model", "missing.pkl"], 1, "missing.pkl: No such file or directory; train one with training.py"),
-        (["-model", "."], 1, "chatbot.py: .: "),
-        (["-seed", "9" * 30], 2, "argument -seed"),
-        (["-model", "damaged.pkl"], 1, "damaged.pkl: not a model"),
-        (["-model", "text.pkl"], 1, "text.pkl: not a model"),
-    ],
-)
-def test_bad_input_is_one_line(chat, folder, flags, status, message):
-    (folder / "damaged.pkl").write_bytes((folder / "model-01.pkl").read_bytes()[:-100])
-    (folder / "text.pkl").write_text("just text", encoding="utf-8")
-    found, output, errors = chat("-prompt", "a", *flags)
-    assert found == status and message in errors and errors.count("\n") == 1 and output == ""

@@ -233,56 +233,6 @@ def test_help_names_every_flag(run_script):
 
 
 @pytest.mark.parametrize(
-    ("files", "args", "says"),
-    [
-        ({}, ["-data_dir", "missing"], "missing: no such folder"),
-        ({}, ["-data_dir", "openwebtext"], "openwebtext: no such folder"),
-        ({"in": b"text"}, ["-data_dir", "in"], "in: no such folder"),
-        ({"in/README.md": b"text"}, ["-data_dir", "in"], "in: holds no .tar, .xz or .txt file"),
-        ({"in/.a.txt": b"text", "in/.b/c.txt": b"text"}, ["-data_dir", "in"], "in: holds no .tar, .xz or .txt file"),
-        ({"in/a.txt": b""}, ["-data_dir", "in"], "too little text"),
-        ({"in/a.txt": b"a"}, ["-data_dir", "in"], "too little text"),
-        ({"in/a.txt": b"a", "in/b.xz": xz(tar({"empty": b"\n"}))}, ["-data_dir", "in"], "too little text"),
-        ({"in/a.txt": b"text", "file": b""}, ["-data_dir", "in", "-output_dir", "file"], "file: "),
-        ({"in/a.txt": b"text", "file": b""}, ["-data_dir", "in", "-output_dir", "file/out"], "file"),
-    ],
-)
-def test_unusable_folders_are_a_clear_line(run_script, earlier, tmp_path, files, args, says):
-    put(tmp_path, files)
-    assert says in complaint(run_script(SCRIPT, "-output_dir", "out", *args))
-
-
-def test_an_empty_folder_is_a_clear_line(run_script, earlier, tmp_path):
-    (tmp_path / "in").mkdir()
-    assert "in: holds no" in complaint(run_script(SCRIPT, "-data_dir", "in", "-output_dir", "out"))
-
-
-@pytest.mark.parametrize(
-    "args",
-    [
-        *(["-sample_rate", value] for value in ("0", "-1", "1.01", "nan", "inf", "half", "")),
-        *(["-min_count", value] for value in ("0", "-1", "1.5", "many", "")),
-        ["-seed", "1.5"],
-        ["-data_dir"],
-        ["-nonsense"],
-        ["openwebtext"],
-    ],
-)
-def test_wrong_usage_is_one_line_and_exit_status_2(args, capsys):
-    with pytest.raises(SystemExit) as exit:
-        data_extract.parse_args(args)
-    assert exit.value.code == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1
-
-
-def test_wrong_usage_on_the_command_line(run_script, earlier):
-    result = run_script(SCRIPT, "-sample_rate", "2", "-output_dir", "out")
-    assert result.returncode == 2
-    (line,) = result.stderr.splitlines()
-    assert "sample_rate" in line and "2" in line
-
-
-@pytest.mark.parametrize(
     "args",
     [
         ["-data_dir", "in"],
@@ -514,16 +464,6 @@ def test_links_devices_and_unknown_members_of_a_tar_are_skipped(tmp_path, pack, 
     assert read_all(put(tmp_path, pack(data)))[0] == "first\n\nsecond\n\n"
 
 
-@pytest.mark.parametrize("suffix", [".txt", ".xz"])
-def test_absolute_and_upward_names_are_read_in_place_and_write_nowhere(run_script, tmp_path, suffix):
-    content = xz(b"text") if suffix == ".xz" else b"text"
-    names = [f"{tmp_path}/escaped{suffix}", f"../../escaped{suffix}", f"/../escaped{suffix}", f"a/../../b{suffix}"]
-    put(tmp_path / "in", {"a.tar": tar([(name, content) for name in names])})
-    assert run_script(SCRIPT, "-data_dir", "in", "-output_dir", "out").returncode == 0
-    assert b"".join(read_three(tmp_path / "out")[:2]).count(b"text") == 4
-    assert not list(tmp_path.rglob("*escaped*")) and sorted(os.listdir(tmp_path)) == ["in", "out"]
-
-
 AB = {"a": b"a", "b": b"b"}
 MEMBERS = {"a.txt": TEXT, "long/" * 18 + "b.txt": b"b" * 512, "c.txt": b"", "d.txt": b"d" * 513, "e.txt": b"e" * 1024}
 
@@ -701,20 +641,6 @@ DAMAGED = {
 }
 
 
-@pytest.mark.parametrize("name", DAMAGED)
-def test_damage_in_an_archive_is_reported(tmp_path, name):
-    (archive,) = find_archives(put(tmp_path, {name: DAMAGED[name]}), set())
-    with pytest.raises(Damaged):
-        list(read_clean(archive, Extracted()))
-
-
-@pytest.mark.parametrize("name", ["cut short.xz", "flipped byte.xz", "text.tar", "no number.xz"])
-def test_a_damaged_archive_stops_the_run_with_its_name_and_what_to_do(run_script, earlier, tmp_path, name):
-    put(tmp_path / "in", {f"down/{name}": DAMAGED[name], "a.txt": TEXT, "zz.txt": TEXT})
-    line = complaint(run_script(SCRIPT, "-data_dir", "in", "-output_dir", "out"))
-    assert f"down/{name}: " in line and "-skip_corrupt" in line
-
-
 def test_skip_corrupt_leaves_damaged_archives_out_and_lists_them(run_script, tmp_path):
     put(tmp_path / "in", {f"down/{name}": content for name, content in DAMAGED.items()})
     put(tmp_path / "in", {"a.tar": tar({"0.xz": SHORT, "1.xz": SHORT[:-4]}), "b.txt": b"b", "zz.txt": b"last"})
@@ -778,17 +704,6 @@ def test_damage_to_an_outer_tar_is_reported(tmp_path, data):
         read_all(tmp_path)
 
 
-def test_a_damaged_outer_tar_stops_the_run_with_its_name(run_script, earlier, tmp_path):
-    put(tmp_path / "in", {"outer.tar": OUTER[: 2 * OUTER_MEMBER - 600], "a.txt": TEXT})
-    assert "outer.tar" in complaint(run_script(SCRIPT, "-data_dir", "in", "-output_dir", "out"))
-
-
-def test_sizes_that_lead_backwards_in_a_tar_do_not_hang(run_script, earlier, tmp_path):
-    put(tmp_path / "in", {"loop.tar": pax(b"14 size=-1024\n", ("a.xz", SHORT)), "a.txt": TEXT})
-    line = complaint(run_script(SCRIPT, "-data_dir", "in", "-output_dir", "out", timeout=8))
-    assert "loop.tar" in line
-
-
 def test_random_damage_gives_text_or_an_error_that_names_it(tmp_path):
     generator = random.Random(0)
     sound = tar({"a.txt": TEXT, "long/" * 30 + "b": b"b" * 700, "c.txt": b"c"}, tarfile.PAX_FORMAT)
@@ -804,39 +719,11 @@ def test_random_damage_gives_text_or_an_error_that_names_it(tmp_path):
         assert len(text) < 2 * len(sound)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_folder_in_the_place_of_an_output_is_a_clear_line(run_script, tmp_path, name):
-    put(tmp_path / "in", {"a.txt": b"first ", "b.txt": b"second"})
-    others = {other: b"earlier" for other in NAMES if other != name}
-    out = put(tmp_path / "out", {**others, f"{name}/file": b"file"})
-    assert name in complaint(run_script(SCRIPT, "-data_dir", "in", "-output_dir", "out"))
-    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == others
-
-
-@posix
-def test_a_link_that_leads_nowhere_is_a_clear_line(run_script, earlier, tmp_path):
-    put(tmp_path / "in", {"a.txt": TEXT})
-    (tmp_path / "in/b.xz").symlink_to(tmp_path / "nowhere")
-    assert "b.xz: " in complaint(run_script(SCRIPT, "-data_dir", "in", "-output_dir", "out"))
-
-
 @posix
 def test_a_pipe_among_the_archives_does_not_hang(run_script, tmp_path):
     put(tmp_path / "in", {"a.txt": b"first ", "b.txt": b"second"})
     os.mkfifo(tmp_path / "in/pipe.txt")
     assert run_script(SCRIPT, "-data_dir", "in", timeout=8).returncode in (0, 1)
-
-
-@posix
-def test_names_that_are_not_utf_8_are_printed_somehow(run_script, tmp_path):
-    try:
-        put(tmp_path / "in", {os.fsdecode(b"b\xff.xz"): b"no xz", "a.txt": b"first", "c.txt": b"second"})
-    except OSError:
-        pytest.skip("this file system takes only UTF-8 names")
-    assert "-skip_corrupt" in complaint(run_script(SCRIPT, "-data_dir", "in"))
-    result = run_script(SCRIPT, "-data_dir", "in", "-skip_corrupt", errors="surrogateescape")
-    assert (result.returncode, notices(result.stderr)) == (0, [])
-    assert re.search(r"^left out: b.*\.xz: ", result.stdout, re.MULTILINE)
 
 
 @posix
@@ -1111,7 +998,7 @@ def one_document(size: int) -> bytes:
 @pytest.mark.parametrize(
     ("name", "data", "size"),
     [
-        ("lines.xz", lambda: repeated(LINE + b"\n", 4 << 30), 4 << 30),
+        ("lines.xz", lambda: repeated(LINE + b"\n", 10 << 30), 10 << 30),
         ("one document of one line.xz", lambda: one_document(4 << 30), 4 << 30),
         ("endless short documents.xz", lambda: repeated(tar({"a": b"a"})[:1024], 1 << 30), 3 << 20),
         ("endless short documents.tar", lambda: tar({"a": b"a"})[:1024] * 900_000 + bytes(1024), 2_700_000),
@@ -1139,19 +1026,6 @@ def test_memory_stays_bounded_while_rare_characters_are_replaced(tmp_path):
     assert peak < 300 and "(4,997 different)" in output  # 5,000 but for three of LINE's
     for name in NAMES:
         (tmp_path / "out" / name).unlink()
-
-
-@pytest.mark.soak
-@posix
-def test_as_many_archives_as_openwebtext_has(tmp_path):
-    corpus = shards(20_610)
-    put(tmp_path / "files", as_files(corpus))
-    put(tmp_path / "tars", as_outer_tars(corpus))
-    expected = three_files([documents(corpus[name]) for name in sorted(corpus)])
-    for folder in ("files", "tars"):
-        peak, _ = run_measured("-data_dir", tmp_path / folder, "-output_dir", tmp_path / "out")
-        assert peak < 300
-        assert read_three(tmp_path / "out") == expected
 
 
 @pytest.mark.soak
