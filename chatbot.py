@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from model import (
+    REPLACEMENT,
     Cache,
     GPTLanguageModel,
     ModelFileError,
@@ -27,13 +28,10 @@ with contextlib.suppress(ImportError):  # not on Windows
     import readline  # noqa: F401  (gives input() arrow keys and a history)
 
 
-REPLACEMENT = "\ufffd"  # what data_extract.py -min_count makes of rare characters; read, but never written
-
-
 def encode_prompt(prompt: str, vocabulary: Vocabulary) -> list[int]:
     """The prompt's token ids; characters that the model has never seen become U+FFFD or nothing, with a notice."""
     unknown = sorted(set(prompt) - set(vocabulary.characters))
-    substitute = REPLACEMENT if REPLACEMENT in vocabulary.ids else ""
+    substitute = REPLACEMENT if vocabulary.never else ""
     if unknown:
         names = " ".join(repr(character) for character in unknown)
         fate = "replaced by U+FFFD" if substitute else "left out"
@@ -47,7 +45,7 @@ def answer(prompt: str, model: GPTLanguageModel, vocabulary: Vocabulary, args: a
     ids = encode_prompt(prompt, vocabulary)
     index = torch.tensor([ids], device=args.device).expand(args.batch_size, -1)
     options = {name: getattr(args, name) for name in ("temperature", "top_k", "generator", "caches")}
-    options["never"] = [vocabulary.ids[REPLACEMENT]] if REPLACEMENT in vocabulary.ids else []
+    options["never"] = vocabulary.never
     if args.batch_size > 1:
         for i, row in enumerate(model.generate(index, args.max_new_tokens, **options).tolist(), start=1):
             print(f"Completion {i}:\n{vocabulary.decode(row)}")

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 MAX_BLOCK_SIZE = 2**15  # for which the mask alone takes 1 GiB
+REPLACEMENT = "\ufffd"
 MAX_WEIGHT = 1000.0  # from which on numbers inside the model might become infinite; trained weights are about 1
 
 
@@ -397,11 +398,16 @@ class ModelFileError(ValueError):
 
 
 class Vocabulary:
-    """The characters a model knows, sorted by code point; a character's token id is its place among them."""
+    """The characters a model knows, sorted by code point; a character's token id is its place among them.
+
+    `never` holds the id of U+FFFD, if that is one of them: it stands for rare or invalid characters, is read, but never
+    to be written.
+    """
 
     def __init__(self, characters: str):
         self.characters = "".join(sorted(set(characters)))
         self.ids = {character: i for i, character in enumerate(self.characters)}
+        self.never = [self.ids[REPLACEMENT]] if REPLACEMENT in self.ids else []
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Vocabulary":

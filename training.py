@@ -378,7 +378,9 @@ def sample_lines(model: GPTLanguageModel, vocabulary: Vocabulary, args: argparse
     """Two lines of what the model writes now, always with the same luck, so that they can be compared."""
     generator = torch.Generator(args.device).manual_seed(args.seed)
     start = torch.tensor([[vocabulary.ids.get("\n", 0)]], device=args.device)
-    text = vocabulary.decode(model.generate(start, 160, temperature=0.8, generator=generator)[0, 1:].tolist())
+    never = vocabulary.never if len(vocabulary) > 1 else []
+    text = model.generate(start, 160, temperature=0.8, generator=generator, never=never)
+    text = vocabulary.decode(text[0, 1:].tolist())
     lines = [line[i : i + 80] for line in text.splitlines() for i in range(0, len(line), 80) if line.strip()]
     return ["".join(c if c.isprintable() else " " for c in line) for line in lines[:2]]
 
@@ -702,7 +704,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"argument -plot: {str(args.plot)!r} does not end in .png, .svg or .pdf")
     if args.learning_rate is None:
         args.learning_rate = LEARNING_RATES[args.optimizer]
-    unsaved = {"model", "resume", "vocab_size"}
+    unsaved = {"model", "resume", "plot", "vocab_size"}  # a stranger's state is not to say where to draw
     args.settings = [f"-{k}={v}" for k, v in vars(args).items() if k not in unsaved and v is not None]
     args.start, args.state = start, state
     if args.device in (None, "cuda") and torch.cuda.is_available():

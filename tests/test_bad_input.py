@@ -152,7 +152,7 @@ WINDOWS = sys.platform == "win32"
 MISSING = os.strerror(errno.ENOENT)
 IS_FOLDER = os.strerror(errno.EACCES if WINDOWS else errno.EISDIR)
 INSIDE_FILE = os.strerror(errno.ENOENT if WINDOWS else errno.ENOTDIR)
-NO_MODEL = "not a model file: damaged, or holding more than data and tensors"
+NO_MODEL = "not a model file"
 NOT_FILES = [  # for a flag that names a file to read
     ("gone", f"gone: {MISSING}"),
     ("in", f"in: {IS_FOLDER}"),
@@ -303,9 +303,13 @@ FILES = [
     Case("chatbot.py", ["-vocab=empty"], 1, "empty: holds no characters", {"empty": b""}),
     Case("chatbot.py", ["-vocab=binary"], 1, "binary: not UTF-8 text", {"binary": b"\0\xff\0"}),
     *(Case("chatbot.py", ["-model=x.pkl"], 1, f"x.pkl: {NO_MODEL}", {"x.pkl": c}) for c in NOT_MODELS.values()),
-    Case("chatbot.py", ["-model=bare.pkl"], 1, "bare.pkl: holds no vocabulary; name the vocab.txt that it was trained"),
+    Case("chatbot.py", ["-model=bare.pkl"], 1, "bare.pkl: holds no vocabulary; name the vocab.txt it was trained"),
     Case(
-        "chatbot.py", ["-model=bare.pkl", "-vocab=x"], 1, "knows 11 characters and its vocab.* has 3;", {"x": b"a\nb\n"}
+        "chatbot.py",
+        ["-model=bare.pkl", "-vocab=x"],
+        1,
+        "knows 11 characters, the given vocabulary has 3;",
+        {"x": b"a\nb\n"},
     ),
     Case("chatbot.py", ["-model=bare.pkl", "-vocab=chat.pkl"], 1, "chat.pkl: not UTF-8 text"),
 ]
