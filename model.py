@@ -772,8 +772,9 @@ def choose_device(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     """
     name = args.device if args.device is not None else "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        args.device = torch.device(name)
-        torch.zeros(1, device=args.device).item()
+        probe = torch.zeros(1, device=name)
+        probe.item()
+        args.device = probe.device  # with its number, as cuda:0
     except (RuntimeError, AssertionError, NotImplementedError, ImportError):
         parser.error(f"argument -device: there is no device {name!r} here")
     args.dtype = getattr(torch, args.dtype) if args.dtype else default_dtype(args.device)
