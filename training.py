@@ -50,7 +50,7 @@ from model import (
 
 RANK = int(os.environ.get("RANK", 0))  # of this process among those that torchrun has started
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many these are
-BETAS = (0.9, 0.95)
+MEMORY = 80_000  # tokens over which AdamW averages a gradient's square
 STEP, EVALUATION = 0, 1  # what rows of text are drawn for
 CHUNK = 2**24  # bytes
 ADAMW_SHARE = 0.075  # AdamW's learning rate beside Muon, as a share of Muon's
@@ -168,6 +168,14 @@ def learning_rate_at(step: int, args: argparse.Namespace) -> float:
     return args.min_lr + (args.learning_rate - args.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def beta2(args: argparse.Namespace) -> float:
+    """What AdamW keeps of its average square in a step: less, the more tokens a step has, as the noise is less.
+
+    Marek et al. 2025, "Small Batch Size Training for Language Models", keeps its half-life in tokens fixed.
+    """
+    return min(max(0.95, 1 - args.batch_size * args.block_size / MEMORY), 0.999)
+
+
 class Muon(torch.optim.Muon):
     """torch's Muon for the matrices inside the blocks: a step turns each of them equally far in all directions.
 
@@ -223,7 +231,7 @@ class Optimizer:
             {"params": [p for p in others if p.dim() >= 2], "weight_decay": args.weight_decay, "share": share},
             {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0, "share": share},
         ]
-        adamw = torch.optim.AdamW(groups, betas=BETAS, fused=True)
+        adamw = torch.optim.AdamW(groups, betas=(0.9, beta2(args)), fused=True)
         self.parts = [self.muon, adamw] if self.muon else [adamw]
         self.scaler = torch.amp.GradScaler(args.device.type, enabled=args.dtype == torch.float16)
 

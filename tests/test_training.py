@@ -197,6 +197,15 @@ def test_the_ends_of_the_schedule_follow_from_the_other_flags():
     assert args("-optimizer", "muon").min_lr == 0
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "block_size", "expected"), [(12, 64, 0.9904), (32, 128, 0.95), (64, 256, 0.95), (1, 8, 0.999)]
+)
+def test_adamw_averages_over_the_same_tokens_whatever_the_batch(batch_size, block_size, expected):
+    recipe = args("-batch_size", batch_size, "-block_size", block_size)
+    (adamw,) = training.Optimizer(GPTLanguageModel(7, 8, 2, 1, 4), recipe).parts
+    assert adamw.param_groups[0]["betas"] == pytest.approx((0.9, expected))
+
+
 def test_only_matrices_are_decayed():
     model = GPTLanguageModel(7, n_embd=8, n_head=2, n_layer=1, block_size=4)
     optimizer = training.Optimizer(model, args("-weight_decay", 0.3))
