@@ -390,7 +390,9 @@ def sample(
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # at most 0, so that nothing overflows
     if top_k is not None:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
-    return torch.multinomial(F.softmax(logits, dim=-1), num_samples=1, generator=generator)
+    probabilities = F.softmax(logits, dim=-1)
+    # What torch.multinomial does, less its checks, for which Python would have to wait for a GPU.
+    return (probabilities / torch.empty_like(probabilities).exponential_(generator=generator)).argmax(-1, keepdim=True)
 
 
 class ModelFileError(ValueError):
