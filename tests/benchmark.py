@@ -208,7 +208,7 @@ def learn(folder: Path, optimizer: str, max_iters: int) -> tuple[float, float, f
 def learning(folder: Path) -> None:
     """Steps and seconds to the target loss, on the shortest of these schedules that gets there."""
     for optimizer in training.LEARNING_RATES:
-        for max_iters in (250, 350, 500, 700, 1000, 1400, 2000):
+        for max_iters in (500, 600, 700, 850, 1000, 1400, 2000):
             loss, trained, told = learn(folder, optimizer, max_iters)
             if loss <= TARGET:
                 break
