@@ -110,7 +110,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         help="of the weights; without it, what is fast here",
     )
     args = parser.parse_args(arguments)
+    dtype_given = args.dtype is not None
     choose_device(parser, args)
+    if args.device.type == "cpu" and args.batch_size == 1 and not dtype_given:
+        args.dtype = torch.float32  # which writes a single sequence 1.1 times as fast as bfloat16
     return args
 
 
