@@ -39,6 +39,7 @@ from model import (
     build_model,
     choose_device,
     default_dtype,
+    first_line,
     is_out_of_memory,
     load_model,
     number,
@@ -310,8 +311,7 @@ def compiled(
             _, loss = forward(*(part.chunk(args.grad_accum)[0] for part in batch))
         loss.backward()
     except Exception as error:  # no compiler, or one of many things that it can't do
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        print(f"-compile on: can't be done here, training goes on without: {reason}", file=sys.stderr)
+        print(f"-compile on: can't be done here, training goes on without: {first_line(error)}", file=sys.stderr)
         return model
     print(f"compiled    in {time.monotonic() - started:.0f} s", flush=True)
     return forward
