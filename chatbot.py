@@ -6,6 +6,7 @@ continues text in the manner of the text that it was trained on.
 
 import argparse
 import contextlib
+import errno
 import sys
 from pathlib import Path
 
@@ -146,8 +147,8 @@ def main() -> int:
     except OSError as error:
         if not error.filename:
             sys.stdout = None  # or Python would try to write to it once more
-        if isinstance(error, BrokenPipeError):  # the reader of the output, such as `head`, has seen enough
-            return 0
+            if error.errno in (errno.EPIPE, errno.EINVAL):  # a reader such as `head` has seen enough
+                return 0
         message = f"{error.filename or 'standard output'}: {error.strerror}"
         if error.filename == str(args.model) and isinstance(error, FileNotFoundError):
             message += "; train one with training.py, or name yours with -model"

@@ -23,6 +23,7 @@ import tempfile
 import threading
 import time
 import unicodedata
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -44,7 +45,6 @@ READ_SIZE = 256 << 10  # bytes unpacked at once, few enough to stay in a core's 
 CHUNK = 4 << 20  # bytes of text cleaned at once
 BUFFER = 32 << 20  # bytes of text that a worker may hold while archives before its own are still being unpacked
 XZ_MEMORY = 128 << 20  # `xz -9` needs 65 MB to unpack; a file that asks for more than this is refused
-BOM = "\ufeff".encode()
 REPLACEMENT = "\ufffd"
 
 
@@ -205,8 +205,10 @@ def read_documents(archive: Archive) -> Iterator[tuple[bytes, bool]]:
                 raise Damaged("it is not a tar file")
             elif head.startswith(b"\xfd7zXZ\0"):
                 raise Damaged("it holds an .xz file where text belongs; unpack that with xz -d")
+            elif head.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) and b"\0" in head:
+                raise Damaged("it is UTF-16 text; save it as UTF-8")
             else:
-                yield from ((piece, False) for piece in split_safely(head.removeprefix(BOM), stream))
+                yield from ((piece, False) for piece in split_safely(head.removeprefix(BOM_UTF8), stream))
                 yield b"", True
             while stream.read(CHUNK):  # an .xz file is known to be sound only when read to its end
                 pass
@@ -285,7 +287,7 @@ def parse_pax(record: bytes) -> dict[bytes, bytes]:
 
 
 def read_document(stream: io.BufferedReader, size: int) -> Iterator[tuple[bytes, bool]]:
-    head = read_exactly(stream, min(size, CHUNK)).removeprefix(BOM)
+    head = read_exactly(stream, min(size, CHUNK)).removeprefix(BOM_UTF8)
     if size <= CHUNK:
         if text := head.rstrip(b"\r\n"):
             yield text + b"\n\n", True
@@ -519,7 +521,7 @@ def extract_all(
         try:
             with signals_held():  # a worker that is stopped while it starts would not do so quietly
                 results = pool.map(extract_archive, range(len(archives)), archives, splits)
-                for _ in range(workers):
+                for _ in multiprocessing.active_children():  # fewer than `workers` where the first is soon done
                     relay.started.acquire(timeout=10)
             yield from results
         except BrokenProcessPool:
@@ -717,7 +719,7 @@ def main() -> int:
     except DataError as error:
         message = str(error)
     except OSError as error:
-        message = f"{error.filename or 'standard output'}: {error.strerror}"
+        message = f"{error.filename2 or error.filename or 'standard output'}: {error.strerror}"
         if not error.filename:
             sys.stdout = None  # or Python would try to write to it once more
     except KeyboardInterrupt:

@@ -109,7 +109,7 @@ class MultiHeadAttention(nn.Module):
         0.8.
         """
         drops = self.training and self.dropout.p > 0
-        return q.is_cuda or (q.dtype == torch.float32 and not drops)
+        return q.is_cuda or (q.is_cpu and q.dtype == torch.float32 and not drops)
 
     def attend_fused(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
         """What `Head.attend` spells out, as one operation of torch's."""

@@ -435,7 +435,7 @@ class Metrics:
 
 def beside(model: Path, ending: str) -> Path:
     """model-01.pkl, ".state.pkl" -> model-01.state.pkl"""
-    return model.with_name(model.stem + ending)
+    return Path(os.path.splitext(model)[0] + ending)
 
 
 class Run:
@@ -770,7 +770,8 @@ def starting_model(args: argparse.Namespace) -> tuple[GPTLanguageModel, Vocabula
 
 
 def model_flag(args: argparse.Namespace) -> str:
-    return "" if args.model == Path("model-01.pkl") else f" -model {args.model}"
+    quote = '"' if " " in str(args.model) else ""
+    return "" if args.model == Path("model-01.pkl") else f" -model {quote}{args.model}{quote}"
 
 
 def check_outputs(args: argparse.Namespace) -> None:
@@ -826,7 +827,7 @@ def run(args: argparse.Namespace, interruption: Interruption) -> int:
 
 def keep_old(model: Path) -> None:
     """Put the files of an earlier run aside; its model also stays where it is, until this run saves one."""
-    old = beside(model, f".old{model.suffix}")
+    old = beside(model, f".old{model.suffix or '.pkl'}")
     if model.exists():
         with replacing(old) as file:
             file.write(model.read_bytes())
