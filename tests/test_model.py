@@ -1,4 +1,4 @@
-"""model.py: the design's maths, generation with and without a full window, and the file a model is kept in."""
+"""model.py: the design's maths, text written as fast as by the book, and a file that runs no stranger's code."""
 
 import io
 import json
@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, TINY, put, write_texts
 from reference import PlainGPT
 
-import training
 from model import (
     Dropout,
     GPTLanguageModel,
@@ -31,8 +31,10 @@ from model import (
     save_model,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SHAPE = {"vocab_size": 11, "n_embd": 24, "n_head": 3, "n_layer": 2, "block_size": 16}
+VOCABULARY = Vocabulary("abcdefghijk")
 
 
 @pytest.fixture
@@ -56,142 +58,7 @@ def random_ids(*shape):
     return torch.randint(0, SHAPE["vocab_size"], shape, generator=torch.Generator().manual_seed(2))
 
 
-# The maths
-
-
-@pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("time_steps", [1, 2, 15, 16])
-def test_logits_loss_and_gradients_equal_the_plain_implementation(model, plain, time_steps, fused, monkeypatch):
-    monkeypatch.setattr(MultiHeadAttention, "prefers_fused", lambda self, q: fused)
-    index, targets = random_ids(3, time_steps), random_ids(3, time_steps).flip(0)
-    (logits, loss), (plain_logits, plain_loss) = model(index, targets), plain(index, targets)
-    torch.testing.assert_close(logits, plain_logits, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(loss, plain_loss, atol=1e-6, rtol=1e-6)
-    loss.backward()
-    plain_loss.backward()
-    plain_gradients = {name: p.grad for name, p in plain.named_parameters()}
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, plain_gradients[name], atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (3, 16)])
-def test_logits_are_the_same_with_and_without_gradients(model, shape):
-    with torch.no_grad():  # takes the fused attention, and for a single row a multiplication of its own
-        without = model(random_ids(*shape))[0]
-    torch.testing.assert_close(without, model(random_ids(*shape))[0], atol=1e-5, rtol=1e-5)
-
-
-def test_without_targets_there_is_no_loss(model):
-    logits, loss = model(random_ids(2, 5))
-    assert logits.shape == (2, 5, SHAPE["vocab_size"]) and loss is None
-
-
-def test_a_later_token_never_changes_an_earlier_logit(model):
-    index = random_ids(1, 16)
-    before = model(index)[0]
-    for position in range(1, 16):
-        changed = index.clone()
-        changed[0, position] = (changed[0, position] + 1) % SHAPE["vocab_size"]
-        after = model(changed)[0]
-        torch.testing.assert_close(after[:, :position], before[:, :position], atol=0, rtol=0)
-        assert not torch.allclose(after[:, position:], before[:, position:])
-
-
-@pytest.mark.parametrize("fused", [True, False])
-def test_multi_head_attention_equals_its_heads_one_by_one(fused, monkeypatch):
-    monkeypatch.setattr(MultiHeadAttention, "prefers_fused", lambda self, q: fused)
-    torch.manual_seed(3)
-    attention = MultiHeadAttention(num_heads=4, head_size=8, n_embd=32, block_size=20, dropout=0.3).eval()
-    x = torch.randn(5, 20, 32)
-    one_by_one = attention.proj(torch.cat([head(x) for head in attention.heads], dim=-1))
-    torch.testing.assert_close(attention(x), one_by_one, atol=1e-5, rtol=1e-5)
-
-
-def test_head_is_a_causal_softmax_average_of_values():
-    torch.manual_seed(4)
-    head = Head(head_size=2, n_embd=3, block_size=4, dropout=0.0)
-    x = torch.randn(1, 4, 3)
-    y = head(x)
-    for t in range(4):
-        query = head.query.weight @ x[0, t]
-        scores = [(query @ (head.key.weight @ x[0, s])).item() / math.sqrt(2) for s in range(t + 1)]
-        shares = [math.exp(score) / sum(map(math.exp, scores)) for score in scores]
-        expected = sum(share * (head.value.weight @ x[0, s]) for s, share in enumerate(shares))
-        torch.testing.assert_close(y[0, t], expected, atol=1e-6, rtol=1e-5)
-
-
-def test_default_model_is_the_designs():
-    model = GPTLanguageModel(100)
-    assert model.config == {
-        "vocab_size": 100, "n_embd": 384, "n_head": 4, "n_layer": 4, "block_size": 128, "dropout": 0.2
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("vocab_size", "n_embd", "n_head", "n_layer", "block_size"), [(7, 12, 3, 1, 5), (100, 32, 4, 3, 8)]
-)
-def test_parameter_count_by_formula(vocab_size, n_embd, n_head, n_layer, block_size):
-    model = GPTLanguageModel(vocab_size, n_embd, n_head, n_layer, block_size)
-    attention = 3 * n_embd**2 + n_embd**2 + n_embd
-    feed_forward = 4 * n_embd**2 + 4 * n_embd + 4 * n_embd**2 + n_embd
-    norms = 2 * 2 * n_embd
-    ends = vocab_size * n_embd + block_size * n_embd + 2 * n_embd + n_embd * vocab_size + vocab_size
-    assert sum(p.numel() for p in model.parameters()) == n_layer * (attention + feed_forward + norms) + ends
-
-
-def test_state_dict_has_the_tutorials_names():
-    names = {"token_embedding_table.weight", "position_embedding_table.weight"}
-    names |= {f"{layer}.{part}" for layer in ("ln_f", "lm_head") for part in ("weight", "bias")}
-    for block in ("blocks.0", "blocks.1"):
-        names |= {f"{block}.sa.heads.{h}.{part}.weight" for h in range(3) for part in ("key", "query", "value")}
-        layers = ("sa.proj", "ffwd.net.0", "ffwd.net.2", "ln1", "ln2")
-        names |= {f"{block}.{layer}.{part}" for layer in layers for part in ("weight", "bias")}
-    assert set(GPTLanguageModel(**SHAPE).state_dict()) == names
-
-
-def test_initial_weights_are_small_normal_and_biases_zero():
-    torch.manual_seed(5)
-    model = GPTLanguageModel(vocab_size=200, n_embd=128)
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            assert not parameter.any(), name
-        elif ".ln" not in name and "ln_f" not in name:
-            assert parameter.std().item() == pytest.approx(0.02, rel=0.05), name
-            assert abs(parameter.mean().item()) < 0.001, name
-
-
-@pytest.mark.parametrize(
-    "move", [lambda model: model, lambda model: model.to(torch.bfloat16), lambda model: model.to("cpu")]
-)
-def test_all_heads_share_one_boolean_triangle(move):
-    model = move(GPTLanguageModel(**SHAPE))
-    trils = [module.tril for module in model.modules() if isinstance(module, Head)]
-    assert len(trils) == 6 and all(tril is trils[0] for tril in trils)
-    assert trils[0].dtype == torch.bool and trils[0].equal(torch.ones(16, 16).tril().bool())
-
-
-@pytest.mark.parametrize("shape", [(1, 0), (1, 17), (4, 100)])
-def test_too_many_or_no_time_steps_are_refused(model, shape):
-    with pytest.raises(ValueError, match="1 to 16 time steps"):
-        model(torch.zeros(shape, dtype=torch.long))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"vocab_size": 0}, "vocab_size must be at least 1"),
-        ({"block_size": -1}, "block_size must be at least 1"),
-        ({"n_embd": 25}, "must be a multiple of n_head"),
-        ({"dropout": 1.0}, "dropout must be"),
-        ({"dropout": -0.1}, "dropout must be"),
-    ],
-)
-def test_impossible_shapes_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        GPTLanguageModel(**{**SHAPE, **arguments})
-
-
-# Dropout
+# Dropout -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("p", [0.1, 0.2, 0.5, 0.9, 0.999])
@@ -231,7 +98,137 @@ def test_dropout_on_attention_weights_drops_whole_weights_at_the_right_scale():
     assert not weights.triu(1).any()
 
 
-# Generation
+# Attention -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_head_is_a_causal_softmax_average_of_values():
+    torch.manual_seed(4)
+    head = Head(head_size=2, n_embd=3, block_size=4, dropout=0.0)
+    x = torch.randn(1, 4, 3)
+    y = head(x)
+    for t in range(4):
+        query = head.query.weight @ x[0, t]
+        scores = [(query @ (head.key.weight @ x[0, s])).item() / math.sqrt(2) for s in range(t + 1)]
+        shares = [math.exp(score) / sum(map(math.exp, scores)) for score in scores]
+        expected = sum(share * (head.value.weight @ x[0, s]) for s, share in enumerate(shares))
+        torch.testing.assert_close(y[0, t], expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_multi_head_attention_equals_its_heads_one_by_one(fused, monkeypatch):
+    monkeypatch.setattr(MultiHeadAttention, "prefers_fused", lambda self, q: fused)
+    torch.manual_seed(3)
+    attention = MultiHeadAttention(num_heads=4, head_size=8, n_embd=32, block_size=20, dropout=0.3).eval()
+    x = torch.randn(5, 20, 32)
+    one_by_one = attention.proj(torch.cat([head(x) for head in attention.heads], dim=-1))
+    torch.testing.assert_close(attention(x), one_by_one, atol=1e-5, rtol=1e-5)
+
+
+# The model -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_default_model_is_the_designs():
+    model = GPTLanguageModel(100)
+    assert model.config == {
+        "vocab_size": 100, "n_embd": 384, "n_head": 4, "n_layer": 4, "block_size": 128, "dropout": 0.2
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "n_embd", "n_head", "n_layer", "block_size"), [(7, 12, 3, 1, 5), (100, 32, 4, 3, 8)]
+)
+def test_the_number_of_weights_is_the_formulas(vocab_size, n_embd, n_head, n_layer, block_size):
+    model = GPTLanguageModel(vocab_size, n_embd, n_head, n_layer, block_size)
+    attention = 3 * n_embd**2 + n_embd**2 + n_embd
+    feed_forward = 4 * n_embd**2 + 4 * n_embd + 4 * n_embd**2 + n_embd
+    norms = 2 * 2 * n_embd
+    ends = vocab_size * n_embd + block_size * n_embd + 2 * n_embd + n_embd * vocab_size + vocab_size
+    assert sum(p.numel() for p in model.parameters()) == n_layer * (attention + feed_forward + norms) + ends
+
+
+def test_weights_have_the_tutorials_names():
+    names = {"token_embedding_table.weight", "position_embedding_table.weight"}
+    names |= {f"{layer}.{part}" for layer in ("ln_f", "lm_head") for part in ("weight", "bias")}
+    for block in ("blocks.0", "blocks.1"):
+        names |= {f"{block}.sa.heads.{h}.{part}.weight" for h in range(3) for part in ("key", "query", "value")}
+        layers = ("sa.proj", "ffwd.net.0", "ffwd.net.2", "ln1", "ln2")
+        names |= {f"{block}.{layer}.{part}" for layer in layers for part in ("weight", "bias")}
+    assert set(GPTLanguageModel(**SHAPE).state_dict()) == names
+
+
+def test_initial_weights_are_small_normal_and_biases_zero():
+    torch.manual_seed(5)
+    model = GPTLanguageModel(vocab_size=200, n_embd=128)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert not parameter.any(), name
+        elif ".ln" not in name and "ln_f" not in name:
+            assert parameter.std().item() == pytest.approx(0.02, rel=0.05), name
+            assert abs(parameter.mean().item()) < 0.001, name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"vocab_size": 0}, "vocab_size must be at least 1"),
+        ({"block_size": -1}, "block_size must be at least 1"),
+        ({"n_embd": 25}, "must be a multiple of n_head"),
+        ({"dropout": 1.0}, "dropout must be"),
+        ({"dropout": -0.1}, "dropout must be"),
+    ],
+)
+def test_impossible_shapes_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        GPTLanguageModel(**{**SHAPE, **arguments})
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("time_steps", [1, 2, 15, 16])
+def test_logits_loss_and_gradients_equal_the_plain_implementation(model, plain, time_steps, fused, monkeypatch):
+    monkeypatch.setattr(MultiHeadAttention, "prefers_fused", lambda self, q: fused)
+    index, targets = random_ids(3, time_steps), random_ids(3, time_steps).flip(0)
+    (logits, loss), (plain_logits, plain_loss) = model(index, targets), plain(index, targets)
+    torch.testing.assert_close(logits, plain_logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(loss, plain_loss, atol=1e-6, rtol=1e-6)
+    loss.backward()
+    plain_loss.backward()
+    plain_gradients = {name: p.grad for name, p in plain.named_parameters()}
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, plain_gradients[name], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (3, 16)])
+def test_logits_are_the_same_with_and_without_gradients(model, shape, threads):
+    torch.set_num_threads(threads)  # by which a multiplication by a single row is cut, where that goes
+    with torch.no_grad():
+        without = model(random_ids(*shape))[0]
+    torch.testing.assert_close(without, model(random_ids(*shape))[0], atol=1e-5, rtol=1e-5)
+
+
+def test_without_targets_there_is_no_loss(model):
+    logits, loss = model(random_ids(2, 5))
+    assert logits.shape == (2, 5, SHAPE["vocab_size"]) and loss is None
+
+
+def test_a_later_token_never_changes_an_earlier_logit(model):
+    index = random_ids(1, 16)
+    before = model(index)[0]
+    for position in range(1, 16):
+        changed = index.clone()
+        changed[0, position] = (changed[0, position] + 1) % SHAPE["vocab_size"]
+        after = model(changed)[0]
+        torch.testing.assert_close(after[:, :position], before[:, :position], atol=0, rtol=0)
+        assert not torch.allclose(after[:, position:], before[:, position:])
+
+
+@pytest.mark.parametrize("shape", [(1, 0), (1, 17), (4, 100)])
+def test_too_many_or_no_time_steps_are_refused(model, shape):
+    with pytest.raises(ValueError, match="1 to 16 time steps"):
+        model(torch.zeros(shape, dtype=torch.long))
+
+
+# Generation ----------------------------------------------------------------------------------------------------------
 
 
 def test_greedy_text_equals_the_uncached_model_until_the_window_is_full(model, plain):
@@ -273,6 +270,18 @@ def test_cached_logits_equal_the_whole_models(model, lengths, gradients, whole):
     torch.testing.assert_close(torch.cat(parts, dim=1), model(index)[0], atol=1e-5, rtol=1e-5)
 
 
+def test_beyond_the_window_the_model_sees_at_least_half_of_it(model):
+    prompt = random_ids(1, 40)
+    text = model.generate(prompt, 30, temperature=0)
+    assert text.shape == (1, 70) and text[:, :40].equal(prompt)
+    seen = 16  # a prompt is cropped to the window; a full window is started anew from its second half
+    for position in range(40, 70):
+        seen = seen if seen <= 16 else 8
+        expected = model(text[:, position - seen : position])[0][:, -1].argmax()
+        assert text[0, position] == expected, position
+        seen += 1
+
+
 @pytest.fixture
 def compiler():
     """What torch has compiled, and how it is to use it, is forgotten before and after."""
@@ -292,18 +301,6 @@ def test_the_work_for_a_token_is_one_graph_that_fits_every_token(model, compiler
     model.generate(prompt[:, :1], 2, caches=caches)
     compiler.set_stance("fail_on_recompile")
     assert model.generate(prompt, 40, temperature=0, caches=caches).equal(expected)
-
-
-def test_beyond_the_window_the_model_sees_at_least_half_of_it(model):
-    prompt = random_ids(1, 40)
-    text = model.generate(prompt, 30, temperature=0)
-    assert text.shape == (1, 70) and text[:, :40].equal(prompt)
-    seen = 16  # a prompt is cropped to the window; a full window is started anew from its second half
-    for position in range(40, 70):
-        seen = seen if seen <= 16 else 8
-        expected = model(text[:, position - seen : position])[0][:, -1].argmax()
-        assert text[0, position] == expected, position
-        seen += 1
 
 
 def test_stream_yields_what_generate_returns_and_repeats_with_the_generator(model):
@@ -387,10 +384,10 @@ def test_generation_refuses_bad_ids_and_options(model, index, options):
         model.generate(index, 1, **options)
 
 
-# Vocabulary and file
+# The vocabulary ------------------------------------------------------------------------------------------------------
 
 
-def test_vocabulary_round_trip(tmp_path):
+def test_a_vocabulary_reads_its_file_and_turns_text_into_ids_and_back(tmp_path):
     characters = "\n\t aé“中🙂"
     path = tmp_path / "vocab.txt"
     path.write_text("".join(f"{c}\n" for c in sorted(characters)), encoding="utf-8", newline="\n")
@@ -402,30 +399,52 @@ def test_vocabulary_round_trip(tmp_path):
         vocabulary.encode("ab")
 
 
+@pytest.mark.parametrize("newline", ["\n", "\r\n"], ids=["Linux", "Windows"])
+@pytest.mark.parametrize("characters", ["\n\rab", "\nab", "\n\r"])
+def test_our_vocabulary_survives_a_change_of_line_ends(tmp_path, characters, newline):
+    path = tmp_path / "vocab.txt"
+    path.write_text("".join(f"{c}\n" for c in characters), encoding="utf-8", newline=newline)
+    assert Vocabulary.from_file(path).characters == characters
+
+
+# The file ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(model, tmp_path):
+    """A file of the model."""
+    save_model(tmp_path / "model.pkl", model, VOCABULARY)
+    return tmp_path / "model.pkl"
+
+
 def test_a_saved_model_comes_back_whole_and_in_eval_mode(model, tmp_path):
-    vocabulary = Vocabulary("abcdefghijk")
-    path = tmp_path / "model.pkl"
-    save_model(path, model.train(), vocabulary)
-    loaded, loaded_vocabulary = load_model(path)
+    save_model(tmp_path / "model.pkl", model.train(), VOCABULARY)
+    loaded, vocabulary = load_model(tmp_path / "model.pkl")
     assert not loaded.training
-    assert loaded.config == model.config and loaded_vocabulary.characters == "abcdefghijk"
+    assert loaded.config == model.config and vocabulary.characters == VOCABULARY.characters
     index = random_ids(2, 16)
     assert loaded(index)[0].equal(model.eval()(index)[0])
     assert [file.name for file in tmp_path.iterdir()] == ["model.pkl"]
 
 
-def test_a_model_can_be_trained_on_after_loading(model, tmp_path):
-    save_model(tmp_path / "model.pkl", model, Vocabulary("abcdefghijk"))
-    loaded, _ = load_model(tmp_path / "model.pkl")
+def test_a_model_can_be_trained_on_after_loading(saved):
+    loaded, _ = load_model(saved)
     loaded(random_ids(1, 4), random_ids(1, 4))[1].backward()
     assert all(p.grad is not None for p in loaded.parameters())
 
 
-def test_the_file_holds_only_data_and_tensors(model, tmp_path):
-    save_model(tmp_path / "model.pkl", model, Vocabulary("abcdefghijk"))
-    content = torch.load(tmp_path / "model.pkl", weights_only=True)
+def test_the_file_holds_only_data_and_tensors(model, saved):
+    content = torch.load(saved, weights_only=True)
     assert set(content) == {"config", "vocabulary", "weights"}
     assert set(content["weights"]) == set(model.state_dict())
+
+
+def test_a_failed_save_leaves_the_former_file(model, saved, monkeypatch):
+    before = saved.read_bytes()
+    monkeypatch.setattr(torch, "save", lambda content, file: file.write(b"half") and 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        save_model(saved, model, VOCABULARY)
+    assert saved.read_bytes() == before and len(list(saved.parent.iterdir())) == 1
 
 
 @pytest.mark.parametrize(
@@ -483,20 +502,12 @@ SPOILT = [
 
 
 @pytest.mark.parametrize(("spoil", "message"), SPOILT)
-def test_parts_that_do_not_make_a_model_are_refused(model, tmp_path, spoil, message):
-    path = tmp_path / "model.pkl"
-    save_model(path, model, Vocabulary("abcdefghijk"))
-    content = torch.load(path, weights_only=True)
+def test_parts_that_do_not_make_a_model_are_refused(saved, spoil, message):
+    content = torch.load(saved, weights_only=True)
     spoil(content)
-    torch.save(content, path)
-    with pytest.raises(ModelFileError, match=f"^{re.escape(str(path))}: [^\n]*{message}[^\n]*$"):
-        load_model(path)
-
-
-def test_a_model_cut_short_is_refused(model, tmp_path):
-    whole = tmp_path / "model.pkl"
-    save_model(whole, model, Vocabulary("abcdefghijk"))
-    assert_cuts_are_refused(whole, step=1999)
+    torch.save(content, saved)
+    with pytest.raises(ModelFileError, match=f"^{re.escape(str(saved))}: [^\n]*{message}[^\n]*$"):
+        load_model(saved)
 
 
 def assert_cuts_are_refused(path: Path, step: int) -> int:
@@ -510,17 +521,11 @@ def assert_cuts_are_refused(path: Path, step: int) -> int:
     return len(ends)
 
 
-def test_a_failed_save_leaves_the_former_file(model, tmp_path, monkeypatch):
-    path = tmp_path / "model.pkl"
-    save_model(path, model, Vocabulary("abcdefghijk"))
-    before = path.read_bytes()
-    monkeypatch.setattr(torch, "save", lambda content, file: file.write(b"half") and 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        save_model(path, model, Vocabulary("abcdefghijk"))
-    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+def test_a_model_cut_short_is_refused(saved):
+    assert_cuts_are_refused(saved, step=1999)
 
 
-# The tutorial's own files
+# The tutorial's own files --------------------------------------------------------------------------------------------
 
 
 def run_python(*arguments, cwd: Path, timeout: float = 300) -> str:
@@ -579,34 +584,24 @@ def test_the_tutorials_vocabulary_is_what_it_read_itself(theirs, tmp_path, newli
     assert list(vocabulary.characters) == characters == list("\n abcdefghi")
 
 
-@pytest.mark.parametrize("newline", ["\n", "\r\n"], ids=["Linux", "Windows"])
-@pytest.mark.parametrize("characters", ["\n\rab", "\nab", "\n\r"])
-def test_our_vocabulary_survives_a_change_of_line_ends(tmp_path, characters, newline):
-    path = tmp_path / "vocab.txt"
-    path.write_text("".join(f"{c}\n" for c in characters), encoding="utf-8", newline=newline)
-    assert Vocabulary.from_file(path).characters == characters
-
-
-def test_the_chatbot_talks_with_the_tutorials_model(theirs, run_script):
+def test_the_chatbot_talks_with_the_tutorials_model(theirs, run_main):
     flags = ["-model", theirs / "protocol-4.pkl", "-prompt", "abc", "-max_new_tokens", 4, "-dtype", "float32"]
-    done = run_script("chatbot.py", *flags, "-vocab", theirs / "vocab.txt")
+    done = run_main("chatbot.py", *flags, "-vocab", theirs / "vocab.txt")
     assert done.returncode == 0 and done.stdout.startswith("Completion:\nabc")
 
 
-def test_training_starts_from_the_tutorials_model(theirs, run_script, tmp_path):
-    for name in ("output_train.txt", "output_val.txt"):
-        (tmp_path / name).write_text("abc def ghi\n" * 30, encoding="utf-8", newline="\n")
-    (tmp_path / "vocab.txt").write_bytes((theirs / "vocab.txt").read_bytes())
+def test_training_starts_from_the_tutorials_model(theirs, run_main, tmp_path):
+    write_texts(tmp_path, "abc def ghi\n" * 30)
     flags = ["-batch_size", 2, "-max_iters", 1, "-learning_rate", 1e-9, "-compile", "off", "-dtype", "float32"]
     flags += ["-init_from", theirs / "protocol-4.pkl", "-vocab", theirs / "vocab.txt"]
-    done = run_script("training.py", *flags)
+    done = run_main("training.py", *flags)
     assert done.returncode == 0, done.stderr
     model, _ = load_model(tmp_path / "model-01.pkl")
     index, logits = torch.load(theirs / "logits.pt", map_location="cpu")
     torch.testing.assert_close(model(index)[0], logits["protocol-4.pkl"], atol=1e-5, rtol=0)
 
 
-# Hostile and damaged files, read in a process of their own
+# Hostile and damaged files, read in a process of their own -----------------------------------------------------------
 
 
 def read_apart(folder: Path, *numbers: int, timeout: float = 300) -> list[tuple[str, str, float]]:
@@ -711,7 +706,6 @@ SAME_HASH = [i * (2**61 - 1) for i in range(1, 30000)]
 FLAT = tensor((4, 4), (4, 1))
 LAYERS_AND_HEADS = [f"blocks.{i}.a" for i in range(10**4)] + [f"blocks.0.sa.heads.{i}.a" for i in range(10**4)]
 EMBEDDINGS = ["token_embedding_table.weight", "position_embedding_table.weight"]
-
 ABSURD = {
     "nothing to take": b"\x80\x02\x86.",
     "no mark": b"\x80\x02t.",
@@ -834,18 +828,14 @@ def test_calls_in_files_are_refused_and_not_made(hostile, tmp_path):
 
 
 @pytest.fixture
-def sources(theirs, tmp_path):
+def sources(theirs, tmp_path, run_main):
     """A folder with files of every kind that the scripts read, to be mutated."""
-    for name in ("protocol-0.pkl", "protocol-2.pkl", "protocol-4.pkl", "saved.pkl", "state_dict.pkl", "vocab.txt"):
-        (tmp_path / name).write_bytes((theirs / name).read_bytes())
-    for name in ("output_train.txt", "output_val.txt"):
-        (tmp_path / name).write_text("abc def ghi\n" * 30, encoding="utf-8", newline="\n")
-    flags = ["-device", "cpu", "-batch_size", 4, "-block_size", 8, "-n_embd", 4, "-n_head", 2, "-n_layer", 1]
+    names = ("protocol-0.pkl", "protocol-2.pkl", "protocol-4.pkl", "saved.pkl", "state_dict.pkl", "vocab.txt")
+    write_texts(tmp_path, "abc def ghi\n" * 30)
+    put(tmp_path, {name: (theirs / name).read_bytes() for name in names})
     for optimizer in ("adamw", "muon"):
-        files = ["-data_dir", tmp_path, "-model", tmp_path / f"{optimizer}.pkl"]
-        args = training.parse_args([*map(str, [*flags, *files, "-max_iters", 2, "-optimizer", optimizer])])
-        with training.Interruption() as interruption:
-            assert training.run(args, interruption) == 0
+        flags = ["-n_embd=4", "-max_iters=2", f"-optimizer={optimizer}", f"-model={optimizer}.pkl"]
+        assert run_main("training.py", *TINY, *flags, f"-data_dir={tmp_path}").returncode == 0
     return tmp_path
 
 
@@ -860,6 +850,9 @@ def assert_fuzzed(outcomes: list[tuple[str, str, float]], count: int) -> int:
 
 def test_mutated_files_load_or_are_refused(sources):
     assert 0 < assert_fuzzed(read_apart(sources, 0, 150), 150) < 100
+
+
+# Long campaigns: pytest -m soak --------------------------------------------------------------------------------------
 
 
 @pytest.mark.soak
