@@ -18,6 +18,7 @@ from model import (
     ModelFileError,
     Vocabulary,
     choose_device,
+    first_line,
     is_out_of_memory,
     load_model,
     number,
@@ -66,8 +67,7 @@ def capture(model: GPTLanguageModel, caches: list[Cache], args: argparse.Namespa
         model.generate(torch.zeros(args.batch_size, 1, dtype=torch.long, device=args.device), 4, caches=caches)
     except Exception as error:  # no compiler, or one of many things that it can't do
         torch.compiler.set_stance("force_eager")
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        print(f"can't be done here, answers take longer: {reason}", file=sys.stderr)
+        print(f"can't be done here, answers take longer: {first_line(error)}", file=sys.stderr)
 
 
 def chat(model: GPTLanguageModel, vocabulary: Vocabulary, args: argparse.Namespace) -> None:
@@ -104,11 +104,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     flag("seed", type=number(int, 0, below=2**63), help="makes answers repeatable; without it, they differ")
     flag("batch_size", type=number(int, 1), default=1, help="completions per prompt")
     flag("device", help="cpu, cuda, cuda:1, ...; without it, cuda if there is one, else cpu")
-    flag(
-        "dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="of the weights; without it, what is fast here",
-    )
+    flag("dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; without it, what is fast here")
     args = parser.parse_args(arguments)
     dtype_given = args.dtype is not None
     choose_device(parser, args)

@@ -46,7 +46,6 @@ BUFFER = 32 << 20  # bytes of text that a worker may hold while archives before 
 XZ_MEMORY = 128 << 20  # `xz -9` needs 65 MB to unpack; a file that asks for more than this is refused
 BOM = "\ufeff".encode()
 REPLACEMENT = "\ufffd"
-DOTFILE = re.compile(r"(^|/)\.(?!\.?(/|$))")  # a part of a path that begins with a dot, but is not "." or ".."
 
 
 class DataError(Exception):
@@ -115,7 +114,7 @@ def find_archives(data_dir: Path, ignore: set[str]) -> list[Archive]:
 
 def is_hidden(name: str) -> bool:
     """Whether a path has a dotfile in it: editors and macOS (`._name`) leave such files beside the text."""
-    return DOTFILE.search(name) is not None
+    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
 
 
 def archives_in_tar(outer: Archive) -> list[Archive]:

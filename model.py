@@ -1,8 +1,13 @@
 """A GPT over characters, from one attention head up to the model that writes text, and the file it is kept in.
 
+Read it from the top: each class is made of those before it. `Linear` and `Dropout` are torch's own, made faster further
+down; so is `Cache`, which a model does without until it writes text.
+
 Shapes: B sequences in a batch, T time steps (characters) in a sequence, C = n_embd numbers per character,
 V = vocab_size characters, H heads of D = head_size numbers each.
 """
+
+from __future__ import annotations
 
 import argparse
 import io
@@ -28,52 +33,6 @@ from torch.overrides import TorchFunctionMode
 MAX_BLOCK_SIZE = 2**15  # for which the mask alone takes 1 GiB
 REPLACEMENT = "\ufffd"
 MAX_WEIGHT = 1000.0  # from which on numbers inside the model might become infinite; trained weights are about 1
-
-
-class Dropout(nn.Module):
-    """Zero each number with probability `p` while training and scale up the rest, so that the mean stays.
-
-    A network that can't rely on any single number learns more robust ones (Srivastava et al. 2014, "Dropout", JMLR 15).
-    """
-
-    def __init__(self, p: float):
-        super().__init__()
-        if not 0 <= p < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1, not {p}")
-        self.p = p
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training or self.p == 0:
-            return x
-        if x.device.type != "cpu":
-            return F.dropout(x, self.p)
-        # One 64-bit random number decides for eight elements, 8 bits each, so p is rounded to 256ths. F.dropout draws
-        # one number per element on a single core: a training step took 760 ms with it, takes 634 so, and 590 without.
-        keep = max(1, round((1 - self.p) * 256))
-        words = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
-        kept = words.view(torch.uint8)[: x.numel()].view(x.shape) <= keep - 1
-        return x * (kept.to(x.dtype) * (256 / keep))
-
-
-class Linear(nn.Linear):
-    """torch's own linear layer, with a faster way for a single row."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self.weight, self.bias)
-
-
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x @ weight.T + bias: (..., in_features) -> (..., out_features)
-
-    On a CPU, torch multiplies a float32 matrix by a single row on one core. Cut into as many pieces as there are cores,
-    it generates text 1.5 times as fast.
-    """
-    one_row = x.device.type == "cpu" and x.numel() == x.shape[-1] and x.dtype == torch.float32
-    if not one_row or torch.is_grad_enabled() or len(weight) % (cores := torch.get_num_threads()):
-        return F.linear(x, weight, bias)
-    pieces = weight.view(cores, -1, x.shape[-1]).transpose(1, 2)  # (cores, in_features, out_features / cores)
-    y = torch.bmm(x.reshape(1, 1, -1).expand(cores, 1, -1), pieces).view(*x.shape[:-1], -1)
-    return y if bias is None else y + bias
 
 
 class Head(nn.Module):
@@ -120,7 +79,7 @@ class MultiHeadAttention(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(
-        self, x: torch.Tensor, positions: torch.Tensor | None = None, cache: "Cache | None" = None
+        self, x: torch.Tensor, positions: torch.Tensor | None = None, cache: Cache | None = None
     ) -> torch.Tensor:
         """(B, T, C) -> (B, T, C)
 
@@ -137,20 +96,20 @@ class MultiHeadAttention(nn.Module):
         else:
             kv = cache.append(kv, positions)  # (2, B, H, S, D) with the earlier time steps
             visible = tril[positions, : kv.shape[3]]
+        q = q.to(kv.dtype)
         attend = self.attend_fused if self.prefers_fused(q) else self.heads[0].attend
-        y = attend(q.to(kv.dtype), *kv, visible)  # (B, H, T, D)
-        return self.dropout(self.proj(y.transpose(1, 2).flatten(2).to(x.dtype)))
+        y = attend(q, *kv, visible)  # (B, H, T, D)
+        y = y.transpose(1, 2).flatten(2).to(x.dtype)  # (B, T, H·D): the heads side by side
+        return self.dropout(self.proj(y))
 
     def prefers_fused(self, q: torch.Tensor) -> bool:
-        """Whether the fused operation is the faster one: always on a GPU, on a CPU never if weights are dropped.
+        """Whether the fused operation is the faster one: always on a GPU, on a CPU in float32 if nothing is dropped.
 
-        Else, on a CPU with bfloat16 units, forward and backward took 0.9 (64 time steps) to 0.4 (1024) of the plain
-        form's time in float32 and 3.0 to 0.8 in bfloat16, and a single query generated 1.2 times as fast.
+        There, forward and backward took 0.9 (64 time steps) to 0.4 (1024) of the plain form's time; in bfloat16, 3.0 to
+        0.8.
         """
-        if q.is_cuda:
-            return True
         drops = self.training and self.dropout.p > 0
-        return not drops and (q.dtype == torch.float32 or q.shape[-2] == 1 or q.shape[-2] >= 1024)
+        return q.is_cuda or (q.dtype == torch.float32 and not drops)
 
     def attend_fused(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
         """What `Head.attend` spells out, as one operation of torch's."""
@@ -166,42 +125,15 @@ class MultiHeadAttention(nn.Module):
         return torch.cat([getattr(head, part).weight for part in parts for head in self.heads])
 
 
-class Cache(nn.Module):
-    """What one MultiHeadAttention remembers while text is generated, so that each new token costs one time step.
-
-    Holds keys and values (2, B, H, block_size, D), zeros until they are filled.
-    """
-
-    def __init__(self, attention: MultiHeadAttention, batch_size: int):
-        super().__init__()
-        head = attention.heads[0]
-        weight = attention.joined_weight().detach()  # joined once here and not for every token
-        # On a GPU every token is to be the same work at the same addresses, which can be captured once and replayed. A
-        # CPU attends faster to the filled part alone, and a single query does so 4 times as fast in float32.
-        self.whole = weight.is_cuda
-        dtype = weight.dtype if self.whole else torch.float32
-        kv = weight.new_zeros(2, batch_size, len(attention.heads), len(head.tril), head.key.out_features, dtype=dtype)
-        self.register_buffer("weight", weight)
-        self.register_buffer("kv", kv)
-
-    def append(self, kv: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Keep keys and values (2, B, H, T, D) of these time steps (T,); return those of all so far, (2, B, H, S, D).
-
-        Or those of all `block_size` time steps, where `whole`, of which the later ones mean nothing.
-        """
-        self.kv.index_copy_(3, positions, kv.to(self.kv.dtype))
-        return self.kv if self.whole else self.kv.narrow(3, 0, int(positions[-1]) + 1)
-
-
 class FeedForward(nn.Module):
     """Two linear layers with a ReLU between: each time step works on what attention brought it, on its own."""
 
     def __init__(self, n_embd: int, dropout: float):
         super().__init__()
         self.net = nn.Sequential(
-            Linear(n_embd, 4 * n_embd),
+            Linear(n_embd, 4 * n_embd),  # (B, T, 4C)
             nn.ReLU(),
-            Linear(4 * n_embd, n_embd),
+            Linear(4 * n_embd, n_embd),  # (B, T, C)
             Dropout(dropout),
         )
 
@@ -313,7 +245,7 @@ class GPTLanguageModel(nn.Module):
         x = self.token_embedding_table(index) + self.position_embedding_table(positions)  # (B, T, C) + (T, C)
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks)):
             x = block(x, positions, cache)
-        logits = self.lm_head(self.ln_f(x))
+        logits = self.lm_head(self.ln_f(x))  # (B, T, V)
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
@@ -395,6 +327,85 @@ def sample(
     return (probabilities / torch.empty_like(probabilities).exponential_(generator=generator)).argmax(-1, keepdim=True)
 
 
+# What makes it faster and changes nothing else -----------------------------------------------------------------------
+
+
+class Cache(nn.Module):
+    """What one MultiHeadAttention remembers while text is generated, so that each new token costs one time step.
+
+    Holds keys and values (2, B, H, block_size, D), zeros until they are filled.
+    """
+
+    def __init__(self, attention: MultiHeadAttention, batch_size: int):
+        super().__init__()
+        head = attention.heads[0]
+        weight = attention.joined_weight().detach()  # joined once here and not for every token
+        # On a GPU every token is to be the same work at the same addresses, which can be captured once and replayed. A
+        # CPU attends faster to the filled part alone, and a single query does so 4 times as fast in float32.
+        self.whole = weight.is_cuda
+        dtype = weight.dtype if self.whole else torch.float32
+        kv = weight.new_zeros(2, batch_size, len(attention.heads), len(head.tril), head.key.out_features, dtype=dtype)
+        self.register_buffer("weight", weight)
+        self.register_buffer("kv", kv)
+
+    def append(self, kv: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Keep keys and values (2, B, H, T, D) of these time steps (T,); return those of all so far, (2, B, H, S, D).
+
+        Or those of all `block_size` time steps, where `whole`, of which the later ones mean nothing.
+        """
+        self.kv.index_copy_(3, positions, kv.to(self.kv.dtype))
+        return self.kv if self.whole else self.kv.narrow(3, 0, int(positions[-1]) + 1)
+
+
+class Dropout(nn.Module):
+    """Zero each number with probability `p` while training and scale up the rest, so that the mean stays.
+
+    A network that can't rely on any single number learns more robust ones (Srivastava et al. 2014, "Dropout", JMLR 15).
+    """
+
+    def __init__(self, p: float):
+        super().__init__()
+        if not 0 <= p < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, not {p}")
+        self.p = p
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.p == 0:
+            return x
+        if x.device.type != "cpu":
+            return F.dropout(x, self.p)
+        # One 64-bit random number decides for eight elements, 8 bits each, so p is rounded to 256ths. F.dropout draws
+        # one number per element on a single core: a training step took 760 ms with it, takes 634 so, and 590 without.
+        keep = max(1, round((1 - self.p) * 256))
+        words = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
+        kept = words.view(torch.uint8)[: x.numel()].view(x.shape) <= keep - 1
+        return x * (kept.to(x.dtype) * (256 / keep))
+
+
+class Linear(nn.Linear):
+    """torch's own linear layer, with a faster way for a single row."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x @ weight.T + bias: (..., in_features) -> (..., out_features)
+
+    On a CPU, torch multiplies a float32 matrix by a single row on one core. Cut into as many pieces as there are cores,
+    it generates text 1.5 times as fast.
+    """
+    one_row = x.device.type == "cpu" and x.numel() == x.shape[-1] and x.dtype == torch.float32
+    if not one_row or torch.is_grad_enabled() or len(weight) % (cores := torch.get_num_threads()):
+        return F.linear(x, weight, bias)
+    pieces = weight.view(cores, -1, x.shape[-1]).transpose(1, 2)  # (cores, in_features, out_features / cores)
+    y = torch.bmm(x.reshape(1, 1, -1).expand(cores, 1, -1), pieces).view(*x.shape[:-1], -1)
+    return y if bias is None else y + bias
+
+
+# The file ------------------------------------------------------------------------------------------------------------
+
+
 class ModelFileError(ValueError):
     """A model file or vocabulary can't be used; the message names it, says why and what to do."""
 
@@ -412,7 +423,7 @@ class Vocabulary:
         self.never = [self.ids[REPLACEMENT]] if REPLACEMENT in self.ids else []
 
     @classmethod
-    def from_file(cls, path: str | Path) -> "Vocabulary":
+    def from_file(cls, path: str | Path) -> Vocabulary:
         """The characters in a `vocab.txt`. Raises OSError and ModelFileError."""
         try:
             text = Path(path).read_bytes().decode("utf-8")
@@ -532,7 +543,10 @@ def build_model(
 
 
 class WithoutInit(TorchFunctionMode):
-    """Within it, modules are left with whatever was in memory: no time is spent on weights that a file replaces."""
+    """Within it, modules are left with whatever was in memory: no time is spent on weights that a file replaces.
+
+    A model on the "meta" device would do as well, but makes torch import for a second.
+    """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if getattr(function, "__module__", None) == "torch.nn.init":
@@ -566,7 +580,7 @@ def float_weights(weights: dict[str, torch.Tensor], size: int) -> dict[str, torc
     return {name: torch.empty(w.shape).copy_(w) for name, w in weights.items() if not name.endswith(".tril")}
 
 
-def weights_of(module: "Module", prefix: str = "") -> dict[str, torch.Tensor]:
+def weights_of(module: Module, prefix: str = "") -> dict[str, torch.Tensor]:
     """The weights of a whole module by their names. Raises one of many exceptions for anything else."""
     if len(prefix) > 100:
         raise ValueError("modules that are nested deeper than a model's")
@@ -735,7 +749,7 @@ MODULES = {
 NAMES |= {f"{module} {name}": Module for module, names in MODULES.items() for name in names}
 
 
-# What training.py and chatbot.py share of their command lines
+# What training.py and chatbot.py share of their command lines --------------------------------------------------------
 
 
 def open_closed_streams() -> None:
@@ -743,6 +757,11 @@ def open_closed_streams() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without the pages that torch.compile may add to it."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -9,9 +9,7 @@ Beside the best model a run keeps `model-01.state.pkl`, from which `-resume` goe
 """
 
 import argparse
-import csv
 import importlib.util
-import io
 import math
 import mmap
 import os
@@ -39,6 +37,7 @@ from model import (
     build_model,
     choose_device,
     default_dtype,
+    first_line,
     is_out_of_memory,
     load_model,
     number,
@@ -273,6 +272,11 @@ class Optimizer:
                     raise ValueError("the state of another optimizer or model")
 
 
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Within it, multiplications are done in `dtype`; weights, norms and losses stay in float32."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
 def train_step(
     forward: torch.nn.Module,
     optimizer: Optimizer,
@@ -291,7 +295,7 @@ def train_step(
     for x, y in zip(*(part.chunk(args.grad_accum) for part in batch)):
         last = len(losses) == args.grad_accum - 1
         with nullcontext() if last or WORLD_SIZE == 1 else forward.no_sync():  # gradients are sent once
-            with torch.autocast(args.device.type, args.dtype, enabled=args.dtype != torch.float32):
+            with autocast(args.device, args.dtype):
                 _, loss = forward(x, y)
             optimizer.scaler.scale(loss / args.grad_accum).backward()
         losses.append(loss.detach())
@@ -306,12 +310,11 @@ def compiled(
     print("compiling   the model, which takes a minute or so ...", flush=True)
     forward, started = torch.compile(model), time.monotonic()
     try:
-        with torch.autocast(args.device.type, args.dtype, enabled=args.dtype != torch.float32):
+        with autocast(args.device, args.dtype):
             _, loss = forward(*(part.chunk(args.grad_accum)[0] for part in batch))
         loss.backward()
     except Exception as error:  # no compiler, or one of many things that it can't do
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        print(f"-compile on: can't be done here, training goes on without: {reason}", file=sys.stderr)
+        print(f"-compile on: can't be done here, training goes on without: {first_line(error)}", file=sys.stderr)
         return model
     print(f"compiled    in {time.monotonic() - started:.0f} s", flush=True)
     return forward
@@ -374,7 +377,7 @@ def mean_loss(
     totals = torch.zeros(2, device=device)  # nats, characters
     for offsets, length in batches:
         rows = torch.from_numpy(text.rows(offsets, length)).to(device)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with autocast(device, dtype):
             _, loss = model(rows[:, :-1], rows[:, 1:])
         count = rows[:, 1:].numel()
         totals += torch.stack([loss * count, torch.full_like(loss, count)])
@@ -395,31 +398,21 @@ def sample_lines(model: GPTLanguageModel, vocabulary: Vocabulary, args: argparse
 
 
 class Metrics:
-    """A line for each evaluation, in a CSV file that is whole at any time."""
+    """A row for each evaluation, in a CSV file that is whole at any time."""
 
     COLUMNS = ("step", "train_loss", "val_loss", "learning_rate", "tokens", "seconds")
 
-    def __init__(self, path: Path, resumed_step: int = 0):
-        """Keep what the file already holds of the run up to `resumed_step`. Raises OSError and TrainingError."""
+    def __init__(self, path: Path):
         self.path, self.rows = path, []
-        if resumed_step and path.exists():
-            try:
-                with open(path, encoding="utf-8", newline="") as file:
-                    _header, *rows = (dict(zip(self.COLUMNS, line, strict=True)) for line in csv.reader(file))
-                for row in rows:
-                    step, *_ = map(float, row.values())
-                    self.rows += [row] * (step <= resumed_step)
-            except (ValueError, csv.Error) as error:
-                raise TrainingError(f"{path}: does not hold the metrics of a run; move it away") from error
 
-    def add(self, *values: float) -> None:
-        self.rows.append(dict(zip(self.COLUMNS, values, strict=True)))
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, self.COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
+    def add(self, *row: float) -> None:
+        self.rows.append(list(row))
+        self.save()
+
+    def save(self) -> None:
         with replacing(self.path) as file:
-            file.write(text.getvalue().encode())
+            for row in (self.COLUMNS, *self.rows):
+                file.write(",".join(map(str, row)).encode() + b"\n")
 
     def draw(self, path: Path) -> None:
         """Draw both losses over the steps. Needs matplotlib; raises OSError."""
@@ -427,9 +420,9 @@ class Metrics:
 
         figure = Figure(figsize=(8, 5), layout="constrained")
         axes = figure.subplots()
-        steps = [float(row["step"]) for row in self.rows]
-        for column, label in (("train_loss", "training text"), ("val_loss", "validation text")):
-            axes.plot(steps, [float(row[column]) for row in self.rows], marker=".", label=label)
+        steps, train_losses, val_losses, *_ = zip(*self.rows)
+        axes.plot(steps, train_losses, marker=".", label="training text")
+        axes.plot(steps, val_losses, marker=".", label="validation text")
         axes.set(xlabel="step", ylabel="loss (nats per character)", title=self.path.name.removesuffix(".metrics.csv"))
         axes.grid(alpha=0.3)
         axes.legend()
@@ -471,6 +464,7 @@ class Run:
             "arguments": self.args.settings,
             "texts": [self.train_text.size, self.val_text.size],
             "progress": [self.step, self.seconds, self.best, self.best_step, self.stale],
+            "metrics": self.metrics.rows,
             "optimizer": self.optimizer.state(),
         }
 
@@ -484,7 +478,8 @@ class Run:
             raise ModelFileError(f"{source}: does not hold a run to go on with") from error
         if texts_changed:
             raise TrainingError(f"{self.args.data_dir}: the texts are not those that {source} began with; start anew")
-        self.metrics = Metrics(self.metrics.path, self.step)
+        if RANK == 0:
+            self.metrics.save()  # without the rows of steps that were lost
 
     def _restore(self, state: dict) -> None:
         step, seconds, best, best_step, stale = state["progress"]
@@ -492,6 +487,10 @@ class Run:
         self.best_step, self.stale = int(best_step), int(stale)
         if self.step < 0:
             raise ValueError("steps before the first")
+        for row in state["metrics"]:
+            if len(row) != len(Metrics.COLUMNS) or not all(map(math.isfinite, row)):
+                raise ValueError("metrics that are no such numbers")
+        self.metrics.rows = state["metrics"]
         self.optimizer.restore(state["optimizer"])
         if not self.args.model.exists():
             self.best = math.inf
@@ -559,7 +558,7 @@ class Run:
         if best:
             save_model(args.model, self.model, self.vocabulary)
         rate, tokens = learning_rate_at(self.step - 1, args), self.step * args.batch_size * args.block_size
-        self.metrics.add(self.step, f"{train_loss:.6f}", f"{val_loss:.6f}", rate, tokens, f"{self.seconds:.3f}")
+        self.metrics.add(self.step, round(train_loss, 6), round(val_loss, 6), rate, tokens, round(self.seconds, 3))
         if args.plot:
             self.metrics.draw(args.plot)
         lines = [line, *(f"    {sampled}" for sampled in sample_lines(self.model, self.vocabulary, args))]
@@ -700,17 +699,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         args = parse_again(parser, arguments, start[0].config, SHAPE, args.init_from)
     elif args.vocab:
         parser.error("argument -vocab: goes with -init_from only; training takes the vocab.txt in -data_dir")
-    pieces = WORLD_SIZE * args.grad_accum
-    if args.batch_size % pieces:
-        fits = [str(n) for n in (args.batch_size // pieces * pieces, (args.batch_size // pieces + 1) * pieces) if n]
-        parser.error(
-            f"argument -batch_size: {args.batch_size} sequences can't be shared among {WORLD_SIZE} processes x "
-            f"-grad_accum {args.grad_accum} evenly; {' and '.join(fits)} can"
-        )
-    if args.n_embd % args.n_head:
-        parser.error(f"argument -n_embd: {args.n_embd} is not a multiple of -n_head {args.n_head}")
-    if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):
-        parser.error(f"argument -plot: {str(args.plot)!r} does not end in .png, .svg or .pdf")
+    check_together(parser, args)
     if args.learning_rate is None:
         args.learning_rate = LEARNING_RATES[args.optimizer]
     unsaved = {"model", "resume", "plot", "vocab_size"}  # a stranger's state is not to say where to draw
@@ -725,6 +714,21 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     if args.warmup_iters is None:
         args.warmup_iters = min(150, args.max_iters // 3)
     return args
+
+
+def check_together(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End the program if flags do not fit one another."""
+    pieces = WORLD_SIZE * args.grad_accum
+    if args.batch_size % pieces:
+        fits = [str(n) for n in (args.batch_size // pieces * pieces, (args.batch_size // pieces + 1) * pieces) if n]
+        parser.error(
+            f"argument -batch_size: {args.batch_size} sequences can't be shared among {WORLD_SIZE} processes x "
+            f"-grad_accum {args.grad_accum} evenly; {' and '.join(fits)} can"
+        )
+    if args.n_embd % args.n_head:
+        parser.error(f"argument -n_embd: {args.n_embd} is not a multiple of -n_head {args.n_head}")
+    if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):
+        parser.error(f"argument -plot: {str(args.plot)!r} does not end in .png, .svg or .pdf")
 
 
 def parse_resumed(
@@ -769,7 +773,8 @@ def model_flag(args: argparse.Namespace) -> str:
     return "" if args.model == Path("model-01.pkl") else f" -model {args.model}"
 
 
-def run(args: argparse.Namespace, interruption: Interruption) -> int:
+def check_outputs(args: argparse.Namespace) -> None:
+    """Raise TrainingError before a run that could not save what it learns; leave out a picture that can't be drawn."""
     for flag, path in (("model", args.model), ("plot", args.plot)):
         writable = path is None or (path.parent.is_dir() and os.access(path.parent, os.W_OK))
         if not writable or (path and path.exists() and not path.is_file()):
@@ -777,18 +782,27 @@ def run(args: argparse.Namespace, interruption: Interruption) -> int:
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         print("no picture will be drawn: -plot needs matplotlib, pip install matplotlib", file=sys.stderr)
         args.plot = None
+
+
+def describe(training: Run) -> None:
+    args = training.args
+    threads = f", {torch.get_num_threads()} threads" if args.device.type == "cpu" else ""
+    processes = f", {WORLD_SIZE} processes" if WORLD_SIZE > 1 else ""
+    train_size, val_size = training.train_text.size / 1e6, training.val_text.size / 1e6
+    print(f"device      {args.device}{threads}, {str(args.dtype).removeprefix('torch.')}{processes}")
+    print(f"model       {sum(p.numel() for p in training.model.parameters()):,} parameters")
+    print(f"vocabulary  {len(training.vocabulary):,} characters")
+    print(f"text        {train_size:,.2f} MB to train on, {val_size:,.2f} MB to validate with")
+    print(f"step        {args.batch_size} x {args.block_size} = {args.batch_size * args.block_size:,} tokens")
+    print(f"optimizer   {args.optimizer}, learning rate {args.learning_rate:g}", flush=True)
+
+
+def run(args: argparse.Namespace, interruption: Interruption) -> int:
+    check_outputs(args)
     torch.manual_seed(args.seed)
     model, vocabulary = starting_model(args)
     training = Run(args, model.to(args.device), vocabulary)
-    threads = f", {torch.get_num_threads()} threads" if args.device.type == "cpu" else ""
-    megabytes = [text.size / 1e6 for text in (training.train_text, training.val_text)]
-    processes = f", {WORLD_SIZE} processes" if WORLD_SIZE > 1 else ""
-    print(f"device      {args.device}{threads}, {str(args.dtype).removeprefix('torch.')}{processes}")
-    print(f"model       {sum(p.numel() for p in model.parameters()):,} parameters")
-    print(f"vocabulary  {len(vocabulary):,} characters")
-    print(f"text        {megabytes[0]:,.2f} MB to train on, {megabytes[1]:,.2f} MB to validate with")
-    print(f"step        {args.batch_size} x {args.block_size} = {args.batch_size * args.block_size:,} tokens")
-    print(f"optimizer   {args.optimizer}, learning rate {args.learning_rate:g}", flush=True)
+    describe(training)
     if args.resume:
         training.restore(args.state)
         end = "; a higher -max_iters goes on" if training.step >= args.max_iters else ""

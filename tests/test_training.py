@@ -572,6 +572,7 @@ def everything_after(folder: Path) -> tuple:
     state = read_model_file(folder / "model-01.state.pkl")
     training_state = state.pop("training")
     training_state["progress"][1] = 0
+    training_state.pop("metrics")  # those of the file
     rows = [{name: value for name, value in row.items() if name != "seconds"} for row in metrics(folder)]
     return read_model_file(folder / "model-01.pkl"), state, training_state, rows
 
@@ -676,6 +677,8 @@ DAMAGES = {
     "the other optimizer": lambda content: momentum_only(first(content["training"])),
     "fewer weights": lambda content: content["training"]["optimizer"]["parts"][0].pop(0),
     "steps before the first": lambda content: content["training"]["progress"].__setitem__(0, -1),
+    "metrics of text": lambda content: content["training"].update(metrics=[["1"] * 6]),
+    "metrics that end early": lambda content: content["training"].update(metrics=[[1.0] * 5]),
     "no training": lambda content: content.pop("training"),
 }
 
