@@ -27,9 +27,10 @@ import training
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"data_extract.py": data_extract, "training.py": training, "chatbot.py": chatbot}
 TINY = ["-batch_size=4", "-block_size=8", "-n_embd=16", "-n_head=2", "-n_layer=1", "-eval_iters=2", "-device=cpu"]
+PROGRESS = r"extracting:|replacing:|step \d|\s*\d+%"
 NOTICES = (
-    r"extracting:|replacing:|step \d|\s*\d+%|the learning rate now follows|no openwebtext folder here|"
-    "left out, as the model has never seen them|the earlier .* is kept as"
+    "the learning rate now follows|no openwebtext folder here|the earlier .* is kept as|"
+    "left out, as the model has never seen them"
 )
 
 posix = pytest.mark.skipif(os.name != "posix", reason="POSIX links, limits, devices and permissions")
@@ -193,15 +194,14 @@ def run_main(tmp_path, monkeypatch, extract_here, one_thread):
 
 def notices(errors: str) -> list[str]:
     """The lines on standard error but those of progress bars."""
-    lines = [line for line in re.split(r"[\r\n]+", errors) if line.strip()]
-    return [line for line in lines if not re.match(r"extracting:|replacing:|step \d|\s*\d+%", line)]
+    return [line for line in re.split(r"[\r\n]+", errors) if line.strip() and not re.match(PROGRESS, line)]
 
 
 def assert_fails(result: subprocess.CompletedProcess, message: str, status: int = 1) -> None:
     """A run has ended with this status and, after nothing but notices, one line with this message (a pattern)."""
     assert result.returncode == status, result.stderr
     script = next(Path(arg).name for arg in result.args if arg.endswith(".py"))
-    *before, line = [line for line in re.split(r"[\r\n]+", result.stderr) if line.strip()]
+    *before, line = notices(result.stderr)
     assert re.match(rf"{script}: .*{message}", line) and "None" not in line, result.stderr
     assert all(re.match(NOTICES, notice) for notice in before), result.stderr
 

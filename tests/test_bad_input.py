@@ -466,9 +466,9 @@ def test_help_shows_every_flag_and_the_table_tries_it(run_here, script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_flags_may_be_spelt_with_two_dashes(run_here, script):
     """A wrong value of each flag that takes one gets the same answer."""
-    first = {case.flags[0].partition("=")[0]: case for case in WRONG_FLAGS if case.script == script}
-    assert len(first) >= 4
-    for case in first.values():
+    cases = {case.flags[0].partition("=")[0]: case for case in WRONG_FLAGS if case.script == script}
+    assert len(cases) >= 4
+    for case in cases.values():
         short, long = (run_here(script, [dash + case.flags[0]])[0] for dash in ("", "-"))
         assert short.returncode == long.returncode == 2 and short.stderr == long.stderr
 

@@ -693,20 +693,19 @@ def test_a_damaged_state_is_a_sentence(train, texts, finished_run, damage):
     assert_fails(done, "run.state.pkl: does not hold a run to go on with")
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @signals
-def test_an_interrupted_run_prints_the_command_that_goes_on(texts, start_script, number, status):
-    run = start_script("training.py", *ENDLESS, "-model", "mine.pkl", cwd=texts)
-    wait_until_shown(run, "loss")  # the progress bar, once it has drawn a few steps
-    run.send_signal(number)
-    _, errors = run.communicate(timeout=60)
-    assert run.returncode == status and "Traceback" not in errors
-    step, command = re.search(r"interrupted after step (\d+); to go on: python (.*)", errors).groups()
-    run = start_script(*shlex.split(command), cwd=texts)
-    wait_until_shown(run, "loss")
-    run.send_signal(number)
-    output, _ = run.communicate(timeout=60)
-    assert f"after step {step} of 1000000" in output
+def test_an_interrupted_run_prints_the_command_that_goes_on(texts, start_script):
+    command, steps = shlex.join(["training.py", *map(str, ENDLESS), "-model=mine.pkl"]), []
+    for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        run = start_script(*shlex.split(command))
+        wait_until_shown(run, "loss")  # the progress bar, once it has drawn a few steps
+        run.send_signal(number)
+        output, errors = run.communicate(timeout=60)
+        assert run.returncode == status and "Traceback" not in errors
+        assert all(f"after step {step} of 1000000" in output for step in steps)
+        step, command = re.search(r"interrupted after step (\d+); to go on: python (.*)", errors).groups()
+        steps.append(step)
+    assert int(steps[1]) > int(steps[0])
     model, vocabulary = load_model(texts / "mine.state.pkl")  # can be talked to before the first evaluation
     assert len(vocabulary) == model.config["vocab_size"] == 11
 
@@ -743,13 +742,14 @@ def kill_and_go_on(folder: Path, kills: int, start_script, flags: list) -> list[
     return resumed + [int(step) for step in re.findall(r"after step (\d+) of", output)]
 
 
-def check_kills(folder: Path, start_script, run_script, kills: int, steps: int) -> list[int]:
+def check_kills(folder: Path, start_script, kills: int, steps: int) -> list[int]:
     flags = [*TINY, "-max_iters", steps, "-eval_interval", 20, "-save_interval", 2]  # most of the time is saving
     disturbed, undisturbed = folder / "disturbed", folder / "undisturbed"
     for apart in (disturbed, undisturbed):
         write_texts(apart)
-    assert run_script("training.py", *flags, cwd=undisturbed).returncode == 0
+    whole = start_script("training.py", *flags, cwd=undisturbed)
     resumed = kill_and_go_on(disturbed, kills, start_script, flags)
+    assert whole.communicate(timeout=600) and whole.returncode == 0
     assert len(resumed) == kills and resumed == sorted(resumed)
     assert_same(everything_after(disturbed), everything_after(undisturbed))
     litter = {path.name for path in disturbed.iterdir()} - {path.name for path in undisturbed.iterdir()}
@@ -757,13 +757,13 @@ def check_kills(folder: Path, start_script, run_script, kills: int, steps: int) 
     return resumed
 
 
-def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, start_script, run_script):
-    check_kills(tmp_path, start_script, run_script, kills=1, steps=400)
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, start_script):
+    check_kills(tmp_path, start_script, kills=1, steps=400)
 
 
 @pytest.mark.soak
-def test_a_run_killed_20_times_goes_on_to_the_same_bits(tmp_path, start_script, run_script):
-    print("went on after steps", check_kills(tmp_path, start_script, run_script, kills=20, steps=8000))
+def test_a_run_killed_20_times_goes_on_to_the_same_bits(tmp_path, start_script):
+    print("went on after steps", check_kills(tmp_path, start_script, kills=20, steps=8000))
 
 
 # From end to end -----------------------------------------------------------------------------------------------------
