@@ -389,6 +389,9 @@ ARCHIVES = [
     ),
 ]
 
+# The table -----------------------------------------------------------------------------------------------------------
+
+
 CASES = [*WRONG_FLAGS, *TOGETHER, *EXTREME, *FILES, *TAKEN, *ARCHIVES]
 PLAIN_FLAGS = {
     "data_extract.py": ["-data_dir=in", "-output_dir=out"],

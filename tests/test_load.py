@@ -41,6 +41,9 @@ def watch(run: subprocess.Popen) -> tuple[float, int]:
     return most, files
 
 
+# Many and large archives ---------------------------------------------------------------------------------------------
+
+
 def check_extraction(start_script, folder: str) -> None:
     started = time.monotonic()
     run = start_script("data_extract.py", f"-data_dir={folder}")

@@ -93,6 +93,9 @@ def check_training(files: dict[str, bytes], folder: Path) -> None:
     assert "model-01.pkl" in files  # the former one stays until there is a better one
 
 
+# Full disks, and folders that can only be read -----------------------------------------------------------------------
+
+
 @linux_root
 def test_training_on_a_disk_that_is_full_sooner_or_later(disk, run_here):
     pytest.importorskip("matplotlib")
@@ -180,6 +183,9 @@ def test_a_limit_on_file_sizes_is_named_and_leaves_the_former_model(tmp_path, ru
     assert_fails(result, "model-01.*: File too large")
     assert (tmp_path / "model-01.pkl").read_bytes() == FORMER["model-01.pkl"]
     assert not list(tmp_path.glob("*.tmp"))
+
+
+# Temporary files -----------------------------------------------------------------------------------------------------
 
 
 def test_what_a_killed_run_has_left_is_overwritten_and_removed(tmp_path, run_here):
