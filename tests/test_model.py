@@ -163,6 +163,11 @@ def test_initial_weights_are_small_normal_and_biases_zero():
             assert abs(parameter.mean().item()) < 0.001, name
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_all_heads_share_one_triangle_also_on_another_device(device):
+    assert len(list(GPTLanguageModel(**SHAPE).to(device).buffers())) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
