@@ -3,6 +3,7 @@
     python tests/benchmark.py              all quick rows, one table, in a few minutes
     python tests/benchmark.py -only step   one row
     python tests/benchmark.py -only learning -data_dir shakespeare    on another text
+    python tests/benchmark.py -only step -nanogpt ../nanoGPT          against nanoGPT, a clone of it
 
 Both sides of a row run in turn, A B A B ..., in this one process, so that a machine whose speed drifts still gives a
 fair ratio. Figures are medians; the ratio is the median of the pairs' ratios, with the lowest and the highest. On a
@@ -10,6 +11,7 @@ machine with a GPU, steps and generation are measured on it (CUDA_VISIBLE_DEVICE
 """
 
 import argparse
+import importlib.util
 import io
 import lzma
 import os
@@ -22,7 +24,9 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -44,6 +48,7 @@ SHAPES = {
 TARGET = 1.898  # which nanoGPT reaches on tiny Shakespeare in the small shape after its 2000 steps
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FAST = default_dtype(DEVICE)
+nanogpt: ModuleType | None = None  # its model.py
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -102,21 +107,49 @@ def our_step(shape: str, dtype: torch.dtype, optimizer: str, folder: Path) -> tu
     return one_step, model
 
 
-def plain_step(shape: str) -> Callable:
-    """The same work as the tutorial does it: float32, the batch cut from encoded text in a loop, no clipping."""
+def load_nanogpt(folder: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("nanogpt", folder / "model.py")
+    module = sys.modules["nanogpt"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def reference(config: dict) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """The tutorial's model and optimizer, or nanoGPT's, compiled on a GPU as it is by default."""
+    if nanogpt is None:
+        model = PlainGPT(**config).to(DEVICE)
+        return model, torch.optim.AdamW(model.parameters(), lr=1e-3)
+    with redirect_stdout(io.StringIO()):
+        model = nanogpt.GPT(nanogpt.GPTConfig(**{"n_layer": 4, "n_head": 4, "bias": False, **config})).to(DEVICE)
+        optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), DEVICE.type)
+    if DEVICE.type == "cuda":
+        model.compile()
+    return model, optimizer
+
+
+def reference_dtype() -> torch.autocast:
+    """float32, but nanoGPT's default on a GPU."""
+    return torch.autocast(DEVICE.type, FAST, enabled=nanogpt is not None and DEVICE.type == "cuda")
+
+
+def reference_step(shape: str) -> Callable:
+    """The same work as the tutorial and nanoGPT do it: the batch cut from encoded text in a loop."""
     config, batch_size = SHAPES[shape]
     block_size = config["block_size"]
-    model = PlainGPT(**config).to(DEVICE).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model, optimizer = reference(config)
+    model.train()
     data = torch.randint(0, config["vocab_size"], (100_000,), device=DEVICE)
 
     def step():
         starts = torch.randint(len(data) - block_size, (batch_size,))
         x = torch.stack([data[i : i + block_size] for i in starts])
         y = torch.stack([data[i + 1 : i + block_size + 1] for i in starts])
-        _, loss = model(x, y)
+        with reference_dtype():
+            _, loss = model(x, y)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if nanogpt:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         return loss.item()
 
@@ -126,7 +159,7 @@ def plain_step(shape: str) -> Callable:
 def measure_step(shape: str, dtype: torch.dtype, optimizer: str, folder: Path, pairs: int) -> None:
     step, model = our_step(shape, dtype, optimizer, folder)
     rate = matmul_rate(dtype)
-    mine, other, ratios = in_turn(step, plain_step(shape), pairs)
+    mine, other, ratios = in_turn(step, reference_step(shape), pairs)
     rate = max(rate, matmul_rate(dtype))
     config, batch_size = SHAPES[shape]
     attention = 12 * len(model.blocks) * config["n_embd"] * config["block_size"]  # per token, see PaLM, appendix B
@@ -256,18 +289,22 @@ def scale(folder: Path) -> None:
 
 def measure_generation(name: str, dtype: torch.dtype, sequences: int, tokens: int, pairs: int) -> None:
     config, _ = SHAPES["default"]
-    ours, plain = GPTLanguageModel(**config).eval().to(DEVICE, dtype), PlainGPT(**config).eval().to(DEVICE)
+    ours, (theirs, _) = GPTLanguageModel(**config).eval().to(DEVICE, dtype), reference(config)
+    theirs.eval()
     prompt = torch.zeros(sequences, 1, dtype=torch.long, device=DEVICE)
     caches = ours.new_caches(sequences)
     if DEVICE.type == "cuda":
         ours.compile(mode="reduce-overhead", fullgraph=True)
     block_size, few = config["block_size"], tokens // 10
-    # The plain form runs the whole context for every token. A tenth of the tokens, around the mean context, will do.
+    # The others run the whole context for every token. A tenth of the tokens, around the mean context, will do.
     mean_context = statistics.mean(min(t, block_size) for t in range(1, tokens + 1))
     context = torch.zeros(sequences, int(mean_context - few / 2), dtype=torch.long, device=DEVICE)
-    mine, other, ratios = in_turn(
-        lambda: ours.generate(prompt, tokens, caches=caches), lambda: plain.generate(context, few), pairs
-    )
+
+    def generate_few():
+        with reference_dtype():
+            theirs.generate(context, few)
+
+    mine, other, ratios = in_turn(lambda: ours.generate(prompt, tokens, caches=caches), generate_few, pairs)
     scale = tokens / few
     rates = f"{sequences * tokens / mine:.0f} tok/s", f"{sequences * few / other:.0f} tok/s"
     row(name, *rates, spread([ratio * scale for ratio in ratios]), f"{name_of(dtype)}")
@@ -366,7 +403,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("-only", choices=ROWS, help="measure this row alone; some, which take long, only so")
     parser.add_argument("-data_dir", type=Path, help="folder with the three files of a text; else, the built-in sample")
+    parser.add_argument("-nanogpt", type=Path, help="clone of nanoGPT, to compare steps and generation with")
     args = parser.parse_args()
+    global nanogpt
+    nanogpt = load_nanogpt(args.nanogpt) if args.nanogpt else None
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, Python {sys.version.split()[0]}\n")
     print("| work | this | reference | ratio reference/this | |\n|---|---|---|---|---|")
     torch.manual_seed(1)
