@@ -1,15 +1,13 @@
 """Bad input of every kind is one sentence: what each script says to it, and that it leaves everything as it was.
 
-Nearly all cases run in this process, since a script takes seconds to start.
+The table holds them all: flags, files and archives, in the order of the scripts. A few are tried with processes too.
 """
 
 import errno
 import io
 import itertools
-import multiprocessing
 import os
 import re
-import signal
 import sys
 import tarfile
 from contextlib import suppress
@@ -18,21 +16,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from test_data_extract import AB, DAMAGED, OUTER, OUTER_MEMBER, member, pax, put, tar, xz
-from test_training import TINY, write_texts
+from archives import AB, DAMAGED, NAMES, OUTER, OUTER_MEMBER, member, pax, tar, xz
+from conftest import SCRIPTS, TINY, assert_fails, posix, put, read_folder
 
-import chatbot
-import data_extract
-import training
 from model import GPTLanguageModel, Vocabulary, save_model
 
-SCRIPTS = {"data_extract.py": data_extract, "training.py": training, "chatbot.py": chatbot}
 FOLDER = "a folder"
 GONE = "no such file"
-NOTICES = (
-    r"extracting:|replacing:|step \d|\s*\d+%|the learning rate now follows|no openwebtext folder here|"
-    "left out, as the model has never seen them|the earlier .* is kept as"
-)
 
 
 class Case(NamedTuple):
@@ -198,7 +188,7 @@ FILES = [
     Case("data_extract.py", ["-output_dir=vocab.txt/out"], 1, f"vocab.txt/out: {INSIDE_FILE}"),
     *(
         Case("data_extract.py", [], 1, f"{name}: is a folder where the output belongs", {f"out/{name}": FOLDER})
-        for name in data_extract.OUTPUT_NAMES
+        for name in NAMES
     ),
     *(Case("data_extract.py", [], 1, f"{name}.tmp: is a folder", {f"out/{name}.tmp": FOLDER}) for name in TEXTS),
     # training.py
@@ -399,6 +389,9 @@ ARCHIVES = [
     ),
 ]
 
+# The table -----------------------------------------------------------------------------------------------------------
+
+
 CASES = [*WRONG_FLAGS, *TOGETHER, *EXTREME, *FILES, *TAKEN, *ARCHIVES]
 PLAIN_FLAGS = {
     "data_extract.py": ["-data_dir=in", "-output_dir=out"],
@@ -407,33 +400,17 @@ PLAIN_FLAGS = {
 }
 
 
-@pytest.fixture(scope="module")
-def contents(tmp_path_factory) -> dict[str, bytes]:
-    """Texts, a model, one without its vocabulary, a run, and archives, by name."""
-    folder = write_texts(
-        tmp_path_factory.mktemp("good"), "the cat sat on the mat\n" * 200, "the mat sat on the cat\n" * 20
-    )
+@pytest.fixture(scope="session")
+def contents(tmp_path_factory, finished_run) -> dict[str, bytes]:
+    """A run with its texts, a model, one without its vocabulary, and archives, by name."""
+    folder = put(tmp_path_factory.mktemp("good"), finished_run)
     vocabulary = Vocabulary.from_file(folder / "vocab.txt")
     model = GPTLanguageModel(len(vocabulary), n_embd=16, n_head=2, n_layer=1, block_size=8)
     save_model(folder / "chat.pkl", model, vocabulary)
     torch.save(model.state_dict(), folder / "bare.pkl")
-    with training.Interruption() as interruption:
-        args = training.parse_args([*TINY, "-max_iters=2", f"-data_dir={folder}", f"-model={folder / 'run.pkl'}"])
-        training.run(args, interruption)
     put(folder, {"in/a.txt": b"first ", "in/b.txt": b"second"})
-    put(folder, {f"out/{name}": b"of an earlier run" for name in data_extract.OUTPUT_NAMES})
+    put(folder, {f"out/{name}": b"of an earlier run" for name in NAMES})
     return read_folder(folder)
-
-
-def read_folder(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def extract_here(archives, first_val, outputs, workers, min_count):
-    """What `extract_all` yields, without worker processes."""
-    data_extract.relay = data_extract.Relay(multiprocessing, outputs, min_count)
-    for index, archive in enumerate(archives):
-        yield data_extract.extract_archive(index, archive, int(index >= first_val))
 
 
 def change(folder: Path, files: dict[str, bytes | str]) -> None:
@@ -451,71 +428,60 @@ def change(folder: Path, files: dict[str, bytes | str]) -> None:
 
 
 @pytest.fixture
-def run_here(contents, tmp_path, monkeypatch):
-    """Run a script's main() in a folder with the contents: `run_here(script, flags, files, **streams)`.
+def run_here(contents, tmp_path, run_main):
+    """`run_here(script, flags, files, **streams)` runs it, with its plain flags, in a folder with the contents.
 
-    Gives exit status, standard output and standard error, and the folder's contents before and after.
+    Gives what run_main gives, and the folder's contents before and after.
     """
-    monkeypatch.setattr(data_extract, "extract_all", extract_here)
-    monkeypatch.chdir(put(tmp_path, contents))
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    put(tmp_path, contents)
 
-    def run(script: str, flags: list[str], files: dict, **streams):
-        change(tmp_path, files)
+    def run(script: str, flags: list[str], files: dict[str, bytes | str] | None = None, **streams):
+        change(tmp_path, files or {})
         before = read_folder(tmp_path)
-        modes = {"stdin": "strict", "stdout": "strict", "stderr": "backslashreplace"}  # as Python has it
-        own = {name: io.TextIOWrapper(io.BytesIO(), "utf-8", mode, write_through=True) for name, mode in modes.items()}
-        for name, stream in own.items():
-            monkeypatch.setattr(sys, name, streams.get(name, stream))
-        monkeypatch.setattr(sys, "argv", [script, *PLAIN_FLAGS[script], *flags])
-        try:
-            status = SCRIPTS[script].main()
-        except SystemExit as end:
-            status = end.code
-        output, errors = (own[name].buffer.getvalue().decode("utf-8", "replace") for name in ("stdout", "stderr"))
-        return status, output, errors, before, read_folder(tmp_path)
+        result = run_main(script, *PLAIN_FLAGS[script], *flags, **streams)
+        return result, before, read_folder(tmp_path)
 
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-def check_one_line(script: str, errors: str, message: str) -> None:
-    *notices, line = [line for line in re.split(r"[\r\n]+", errors) if line.strip()]
-    assert re.match(rf"{script}: .*{message}", line), errors
-    assert all(re.match(NOTICES, notice) for notice in notices), errors
+    return run
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_bad_input_is_a_sentence_and_changes_nothing(run_here, case):
-    status, output, errors, before, after = run_here(*case[:2], case.files)
-    assert status == case.status, errors
-    if case.status == 0:
-        assert re.search(case.message, output), output
-        assert not any(re.search("escaped|harm", name) for name in after)
-    else:
-        check_one_line(case.script, errors, case.message)
+    result, before, after = run_here(case.script, case.flags, case.files)
+    if case.status:
+        assert_fails(result, case.message, case.status)
         assert after == before
+    else:
+        assert result.returncode == 0, result.stderr
+        assert re.search(case.message, result.stdout), result.stdout
+        assert not any(re.search("escaped|harm", name) for name in after)
 
 
-def test_the_table_has_every_flag(run_here):
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_shows_every_flag_and_the_table_tries_it(run_here, script):
+    shown = run_here(script, ["-h"])[0].stdout
+    names = set(re.findall(r"^  -(\w+)(?: \S+)?, --\1\b", shown, re.MULTILINE))
     paths = {"data_dir", "output_dir", "model", "vocab", "init_from", "plot", "prompt"}
-    flags_of_files = {(case.script, flag.partition("=")[0][1:]) for case in FILES for flag in case.flags}
-    for script in SCRIPTS:
-        _, shown, *_ = run_here(script, ["-h"], {})
-        names = set(re.findall(r"^  -(\w+)(?: \S+)?, --\1\b", shown, re.MULTILINE))
-        assert len(names) >= 6 and names - paths == FLAGS[script].keys()
-        assert all((script, name) in flags_of_files for name in names & paths - {"prompt"})
+    tried = {flag.partition("=")[0][1:] for case in FILES for flag in case.flags if case.script == script}
+    assert names - paths == FLAGS[script].keys() and names & paths == tried & paths | names & {"prompt"}
+    assert "seed" in names and re.search(r"\(default: \S+\)", shown)
 
 
-def test_how_many_cases_there_are():
-    """The figure in the README; a smaller table would be noticed."""
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_flags_may_be_spelt_with_two_dashes(run_here, script):
+    """A wrong value of each flag that takes one gets the same answer."""
+    cases = {case.flags[0].partition("=")[0]: case for case in WRONG_FLAGS if case.script == script}
+    assert len(cases) >= 4
+    for case in cases.values():
+        short, long = (run_here(script, [dash + case.flags[0]])[0] for dash in ("", "-"))
+        assert short.returncode == long.returncode == 2 and short.stderr == long.stderr
+
+
+def test_the_table_holds_no_case_twice():
+    """And no fewer than it did: a table that has lost a part would be noticed."""
     assert len({(case.script, *case.flags, *map(repr, case.files.items())) for case in CASES}) == len(CASES) >= 600
 
 
 # What a table can't hold ---------------------------------------------------------------------------------------------
-
-posix = pytest.mark.skipif(os.name != "posix", reason="POSIX links, devices and permissions")
 
 
 @posix
@@ -530,47 +496,48 @@ posix = pytest.mark.skipif(os.name != "posix", reason="POSIX links, devices and 
 )
 def test_links_that_lead_nowhere_are_a_sentence(run_here, tmp_path, link, target, message):
     (tmp_path / link).symlink_to(target)
-    status, _, errors, before, after = run_here("data_extract.py", ["-output_dir=new"], {})
-    check_one_line("data_extract.py", errors, message)
-    assert status == 1 and after == before
+    result, before, after = run_here("data_extract.py", ["-output_dir=new"])
+    assert_fails(result, message)
+    assert after == before
 
 
 @posix
 @pytest.mark.parametrize("flag", ["model", "plot"])
 def test_a_device_is_no_place_for_a_model(run_here, tmp_path, flag):
     os.mkfifo(tmp_path / "pipe.png")
-    status, _, errors, before, after = run_here("training.py", [f"-{flag}=pipe.png"], {})
-    check_one_line("training.py", errors, f"pipe.png: -{flag} {MUST_NAME}")
-    assert status == 1 and after == before and (tmp_path / "pipe.png").is_fifo()
+    result, before, after = run_here("training.py", [f"-{flag}=pipe.png"])
+    assert_fails(result, f"pipe.png: -{flag} {MUST_NAME}")
+    assert after == before and (tmp_path / "pipe.png").is_fifo()
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_closed_streams_do_not_matter(run_here, script):
     closed = {"stdin": None, "stdout": None, "stderr": None}
-    assert run_here(script, [], {}, **closed)[0] == 0
-    assert run_here(script, ["-seed=x"], {}, **closed)[0] == 2
+    assert run_here(script, [], **closed)[0].returncode == 0
+    assert run_here(script, ["-seed=x"], **closed)[0].returncode == 2
 
 
-def test_a_chat_without_input_ends_quietly(run_here):
-    PLAIN_FLAGS["chatbot.py"].remove("-prompt=a")
-    try:
-        for stdin in (None, io.TextIOWrapper(io.BytesIO(b""))):
-            assert run_here("chatbot.py", [], {}, stdin=stdin)[:3] == (0, "Prompt: \n", "")
-        status, output, errors, *_ = run_here("chatbot.py", [], {}, stdin=io.TextIOWrapper(io.BytesIO(b"a\0\xff\r\nb")))
-    finally:
-        PLAIN_FLAGS["chatbot.py"].append("-prompt=a")
-    assert status == 0 and output.count("Completion:\n") == 2 and "left out" in errors
+def test_a_chat_without_input_ends_quietly(run_main, contents, tmp_path):
+    def chat(stdin):
+        flags = [flag for flag in PLAIN_FLAGS["chatbot.py"] if flag != "-prompt=a"]
+        return run_main("chatbot.py", *flags, stdin=stdin)
+
+    put(tmp_path, contents)
+    for stdin in (None, io.TextIOWrapper(io.BytesIO(b""))):
+        result = chat(stdin)
+        assert (result.returncode, result.stdout, result.stderr) == (0, "Prompt: \n", "")
+    result = chat(io.TextIOWrapper(io.BytesIO(b"a\0\xff\r\nb")))
+    assert result.returncode == 0 and result.stdout.count("Completion:\n") == 2 and "left out" in result.stderr
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_output_that_can_not_be_written_is_a_sentence(run_here, script):
     full = open("/dev/full", "w")  # noqa: SIM115
-    status, _, errors, *_ = run_here(script, [], {}, stdout=full)
+    result, *_ = run_here(script, [], stdout=full)
     with suppress(OSError):
         full.close()
-    check_one_line(script, errors, f"standard output: {os.strerror(errno.ENOSPC)}")
-    assert status == 1
+    assert_fails(result, f"standard output: {os.strerror(errno.ENOSPC)}")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -578,7 +545,7 @@ def test_a_terminal_that_knows_only_ascii_is_enough(run_here, script):
     buffer = io.BytesIO()
     stdout = io.TextIOWrapper(buffer, "ascii", "strict", write_through=True)
     flags = {"data_extract.py": ["-output_dir=é"], "training.py": ["-model=é.pkl"], "chatbot.py": ["-prompt=éa"]}
-    assert run_here(script, flags[script], {}, stdout=stdout)[0] == 0
+    assert run_here(script, flags[script], stdout=stdout)[0].returncode == 0
     assert buffer.getvalue()
 
 
@@ -596,7 +563,6 @@ def test_bad_input_to_real_processes(run_script, contents, tmp_path, monkeypatch
     monkeypatch.setenv("LC_ALL", "C")
     change(put(tmp_path, contents), case.files)
     before = read_folder(tmp_path)
-    run = run_script(case.script, *PLAIN_FLAGS[case.script], *case.flags)
-    assert run.returncode == case.status
-    check_one_line(case.script, run.stderr, case.message)
-    assert run.stdout == "" and read_folder(tmp_path) == before
+    result = run_script(case.script, *PLAIN_FLAGS[case.script], *case.flags)
+    assert_fails(result, case.message, case.status)
+    assert result.stdout == "" and read_folder(tmp_path) == before

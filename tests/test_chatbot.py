@@ -1,13 +1,13 @@
-"""chatbot.py: what a person types and sees, alone and piped."""
+"""chatbot.py: prompts are completed as asked, in the characters that the model knows, until the person has enough."""
 
 import argparse
 import io
 import signal
 import subprocess
-import sys
 
 import pytest
 import torch
+from conftest import assert_fails, signals
 
 import chatbot
 from model import GPTLanguageModel, Vocabulary, load_model, save_model
@@ -26,18 +26,15 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def chat(folder, monkeypatch, capsys):
-    """Run chatbot.main() in the folder; returns (exit status, standard output, standard error)."""
+def chat(folder, run_main):
+    """`chat("-top_k", 3, typed="one\\n")` runs chatbot.py in the folder, with these lines as its input."""
 
-    def run(*flags):
-        monkeypatch.chdir(folder)
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
-        monkeypatch.setattr(sys, "argv", ["chatbot.py", "-device", "cpu", *map(str, flags)])
-        try:
-            status = chatbot.main()
-        except SystemExit as end:
-            status = end.code
-        return status, *capsys.readouterr()
+    def run(*flags, typed: str = "", status: int = 0):
+        done = run_main(
+            "chatbot.py", "-device=cpu", *flags, cwd=folder, stdin=io.TextIOWrapper(io.BytesIO(typed.encode()))
+        )
+        assert done.returncode == status, done.stderr
+        return done
 
     return run
 
@@ -46,31 +43,25 @@ def completion(output: str) -> str:
     return output.removeprefix("Completion:\n").removesuffix("\n")
 
 
-def test_a_prompt_is_completed_once(chat):
-    status, output, errors = chat("-prompt", "hello")
-    assert status == 0 and errors == ""
-    assert output.startswith("Completion:\nhello") and len(completion(output)) == 5 + 150
+# Answers -------------------------------------------------------------------------------------------------------------
 
 
-def test_piped_lines_are_answered_one_by_one(run_script, folder):
-    run = run_script("chatbot.py", "-max_new_tokens", "10", "-seed", "1", cwd=folder, stdin="one\n\ntwo")
-    assert run.returncode == 0 and run.stderr == ""
-    answers = run.stdout.split("Prompt: ")[1:]
-    assert len(answers) == 4  # three lines and the end of the input
-    for prompt, answer in zip(("one", "\n", "two"), answers):
-        assert answer.startswith(f"Completion:\n{prompt}") and len(completion(answer)) == len(prompt) + 10
+@pytest.mark.parametrize("dtype", [[], ["-dtype=float32"], ["-dtype=bfloat16"]])
+def test_a_prompt_is_completed_once_by_150_characters(chat, dtype):
+    done = chat("-prompt", "hello", *dtype)
+    assert done.stdout.startswith("Completion:\nhello") and len(completion(done.stdout)) == 5 + 150
+    assert done.stderr == ""
 
 
-def test_each_prompt_stands_alone(run_script, folder):
-    flags = ("-max_new_tokens", "20", "-temperature", "0")
-    both = run_script("chatbot.py", *flags, cwd=folder, stdin="one\ntwo\n").stdout
-    alone = run_script("chatbot.py", *flags, cwd=folder, stdin="two\n").stdout
-    assert both.split("Prompt: ")[2] == alone.split("Prompt: ")[1]
+def test_a_prompt_longer_than_the_window_is_shown_whole(chat):
+    prompt = "the quick brown fox jumps over the lazy dog"
+    output = chat("-prompt", prompt, "-max_new_tokens", 40).stdout
+    assert completion(output).startswith(prompt) and len(completion(output)) == len(prompt) + 40
 
 
 def test_seed_and_temperature_decide_the_answer(chat):
     def answers(*flags):
-        return {chat("-prompt", "a", *flags)[1] for _ in range(3)}
+        return {chat("-prompt", "a", *flags).stdout for _ in range(3)}
 
     assert len(answers("-seed", 1)) == 1
     assert len(answers("-temperature", 0)) == 1
@@ -80,70 +71,11 @@ def test_seed_and_temperature_decide_the_answer(chat):
 
 
 def test_several_completions_are_numbered_and_whole(chat):
-    _, output, _ = chat("-prompt", "abc", "-batch_size", 3, "-max_new_tokens", 30)
-    parts = output.split("Completion ")[1:]
+    done = chat("-prompt", "abc", "-batch_size", 3, "-max_new_tokens", 30)
+    parts = done.stdout.split("Completion ")[1:]
     assert [part[:6] for part in parts] == ["1:\nabc", "2:\nabc", "3:\nabc"]
     assert all(len(part.removesuffix("\n")) == 3 + 33 for part in parts)
     assert len({part[3:] for part in parts}) == 3
-
-
-def test_unknown_characters_are_left_out_with_one_notice(chat):
-    status, output, errors = chat("-prompt", "aÄbÄ🙂c")
-    assert status == 0 and output.startswith("Completion:\nabc")
-    assert errors == "left out, as the model has never seen them: 'Ä' '🙂'\n"
-
-
-@pytest.fixture
-def with_replacement(folder):
-    """A model that would hardly write anything but U+FFFD, if it were let."""
-    characters = "ab\ufffd🙂"
-    model = GPTLanguageModel(len(characters), n_embd=16, n_head=2, n_layer=1, block_size=16)
-    with torch.no_grad():
-        model.lm_head.bias[characters.index("\ufffd")] = 30
-    save_model(folder / "replacement.pkl", model, Vocabulary(characters))
-    return "-model", "replacement.pkl"
-
-
-def test_unknown_characters_become_u_fffd_where_the_model_has_it(chat, with_replacement):
-    status, output, errors = chat("-prompt", "aÄ\ufffdbÄ🚀", *with_replacement)
-    assert status == 0 and output.startswith("Completion:\na\ufffd\ufffdb\ufffd\ufffd")
-    assert errors == "replaced by U+FFFD, as the model has never seen them: 'Ä' '🚀'\n"
-    status, output, errors = chat("-prompt", "ab\ufffd", *with_replacement)
-    assert status == 0 and output.startswith("Completion:\nab\ufffd") and errors == ""
-
-
-@pytest.mark.parametrize("flags", [(), ("-temperature", 0), ("-top_k", 1), ("-top_k", 4), ("-dtype", "bfloat16")])
-def test_u_fffd_is_never_written(chat, with_replacement, flags):
-    for more in ((), ("-batch_size", 2)):
-        status, output, _ = chat("-prompt", "Ä", "-max_new_tokens", 100, *flags, *more, *with_replacement)
-        assert status == 0 and output.count("\ufffd") == (2 if more else 1)
-        assert len(output) > 100
-
-
-def test_a_model_that_knows_only_u_fffd_is_a_clear_line(chat, folder):
-    model = GPTLanguageModel(1, n_embd=4, n_head=1, n_layer=1, block_size=4)
-    save_model(folder / "only.pkl", model, Vocabulary("\ufffd"))
-    status, output, errors = chat("-prompt", "a", "-model", "only.pkl")
-    assert status == 1 and output == ""
-    assert errors.startswith("chatbot.py: only.pkl: knows no character but U+FFFD") and errors.count("\n") == 1
-
-
-@pytest.mark.parametrize("prompt", ["", "ÄÖ"])
-def test_a_prompt_with_nothing_known_is_answered_from_a_newline(chat, prompt):
-    _, output, _ = chat("-prompt", prompt)
-    assert output.startswith("Completion:\n\n") and len(completion(output)) == 151
-
-
-def test_a_prompt_longer_than_the_window_is_shown_whole(chat):
-    prompt = "the quick brown fox jumps over the lazy dog"
-    _, output, _ = chat("-prompt", prompt, "-max_new_tokens", 40)
-    assert completion(output).startswith(prompt) and len(completion(output)) == len(prompt) + 40
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_both_precisions_answer(chat, dtype):
-    status, output, _ = chat("-prompt", "a", "-dtype", dtype)
-    assert status == 0 and len(completion(output)) == 151
 
 
 def test_what_can_not_be_compiled_is_answered_as_it_is(folder, capsys, monkeypatch):
@@ -162,14 +94,73 @@ def test_what_can_not_be_compiled_is_answered_as_it_is(folder, capsys, monkeypat
     assert model.generate(torch.zeros(2, 1, dtype=torch.long), 5, caches=caches).shape == (2, 6)
 
 
-def test_a_reader_that_has_seen_enough_ends_the_chat_quietly(start_script, folder):
-    run = start_script("chatbot.py", "-prompt", "a", "-max_new_tokens", str(10**7), cwd=folder)
-    run.stdout.read(20)
-    run.stdout.close()
-    assert run.wait(timeout=30) == 0 and run.stderr.read() == ""
+# Characters that the model does not know -----------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals to send")
+def test_unknown_characters_are_left_out_with_one_notice(chat):
+    done = chat("-prompt", "aÄbÄ🙂c")
+    assert done.stdout.startswith("Completion:\nabc")
+    assert done.stderr == "left out, as the model has never seen them: 'Ä' '🙂'\n"
+
+
+@pytest.mark.parametrize("prompt", ["", "ÄÖ"])
+def test_a_prompt_with_nothing_known_is_answered_from_a_newline(chat, prompt):
+    output = chat("-prompt", prompt).stdout
+    assert output.startswith("Completion:\n\n") and len(completion(output)) == 151
+
+
+@pytest.fixture
+def with_replacement(folder):
+    """A model that would hardly write anything but U+FFFD, if it were let."""
+    characters = "ab\ufffd🙂"
+    model = GPTLanguageModel(len(characters), n_embd=16, n_head=2, n_layer=1, block_size=16)
+    with torch.no_grad():
+        model.lm_head.bias[characters.index("\ufffd")] = 30
+    save_model(folder / "replacement.pkl", model, Vocabulary(characters))
+    return "-model", "replacement.pkl"
+
+
+def test_unknown_characters_become_u_fffd_where_the_model_has_it(chat, with_replacement):
+    done = chat("-prompt", "aÄ\ufffdbÄ🚀", *with_replacement)
+    assert done.stdout.startswith("Completion:\na\ufffd\ufffdb\ufffd\ufffd")
+    assert done.stderr == "replaced by U+FFFD, as the model has never seen them: 'Ä' '🚀'\n"
+    done = chat("-prompt", "ab\ufffd", *with_replacement)
+    assert done.stdout.startswith("Completion:\nab\ufffd") and done.stderr == ""
+
+
+@pytest.mark.parametrize("flags", [(), ("-temperature", 0), ("-top_k", 1), ("-top_k", 4), ("-dtype", "bfloat16")])
+def test_u_fffd_is_never_written(chat, with_replacement, flags):
+    for more in ((), ("-batch_size", 2)):
+        output = chat("-prompt", "Ä", "-max_new_tokens", 100, *flags, *more, *with_replacement).stdout
+        assert output.count("\ufffd") == (2 if more else 1)
+        assert len(output) > 100
+
+
+def test_a_model_that_knows_only_u_fffd_is_a_sentence(chat, folder):
+    model = GPTLanguageModel(1, n_embd=4, n_head=1, n_layer=1, block_size=4)
+    save_model(folder / "only.pkl", model, Vocabulary("\ufffd"))
+    done = chat("-prompt", "a", "-model", "only.pkl", status=1)
+    assert_fails(done, "only.pkl: knows no character but U[+]FFFD")
+    assert done.stdout == ""
+
+
+# The chat ------------------------------------------------------------------------------------------------------------
+
+
+def test_piped_lines_are_answered_one_by_one(chat):
+    done = chat("-max_new_tokens", 10, "-seed", 1, typed="one\n\ntwo")
+    answers = done.stdout.split("Prompt: ")[1:]
+    assert len(answers) == 4 and done.stderr == ""  # three lines and the end of the input
+    for prompt, answer in zip(("one", "\n", "two"), answers):
+        assert answer.startswith(f"Completion:\n{prompt}") and len(completion(answer)) == len(prompt) + 10
+
+
+def test_each_prompt_stands_alone(chat):
+    both, alone = (chat("-max_new_tokens", 20, "-temperature", 0, typed=lines) for lines in ("one\ntwo\n", "two\n"))
+    assert both.stdout.split("Prompt: ")[2] == alone.stdout.split("Prompt: ")[1]
+
+
+@signals
 def test_ctrl_c_stops_an_answer_and_then_leaves(start_script, folder):
     run = start_script("chatbot.py", "-max_new_tokens", str(10**7), cwd=folder, stdin=subprocess.PIPE)
     run.stdin.write("abc\n")
@@ -182,3 +173,10 @@ def test_ctrl_c_stops_an_answer_and_then_leaves(start_script, folder):
     run.send_signal(signal.SIGINT)
     _, errors = run.communicate(timeout=30)
     assert run.returncode == 0 and errors == "(stopped)\n"
+
+
+def test_a_reader_that_has_seen_enough_ends_the_chat_quietly(start_script, folder):
+    run = start_script("chatbot.py", "-prompt", "a", "-max_new_tokens", str(10**7), cwd=folder)
+    run.stdout.read(20)
+    run.stdout.close()
+    assert run.wait(timeout=30) == 0 and run.stderr.read() == ""

@@ -1,8 +1,6 @@
-"""What data_extract.py promises to someone with archives of text."""
+"""data_extract.py: clean text from archives of every nesting, all of it or a sentence about what is wrong."""
 
-import codecs
 import errno
-import io
 import lzma
 import os
 import random
@@ -16,121 +14,40 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from archives import (
+    AB,
+    BOM,
+    DAMAGED,
+    FOREIGN,
+    NAMES,
+    NESTINGS,
+    OUTER,
+    OUTER_MEMBER,
+    SHORT,
+    TEXT,
+    as_files,
+    as_outer_tars,
+    documents,
+    flip,
+    invalid_sequences,
+    member,
+    pax,
+    plain,
+    read_three,
+    shards,
+    tar,
+    three_files,
+    v7,
+    xz,
+)
+from conftest import assert_fails, linux, notices, posix, processes_of, put, wait_for
 
 import data_extract
 from data_extract import Damaged, Extracted, find_archives, read_clean, take_sample
 
 SCRIPT = "data_extract.py"
-NAMES = ("output_train.txt", "output_val.txt", "vocab.txt")
 TINYSHAKESPEARE = Path(__file__).resolve().parents[2] / "shared" / "corpora" / "tinyshakespeare"
-FOREIGN = "Привет, мир. Γειά σου. 你好，世界。こんにちは。 नमस्ते. שלום. “Quoted” – café. 🙂🚀👩‍👩‍👧𝔘\ufeff"
-BOM = codecs.BOM_UTF8
-
-posix = pytest.mark.skipif(os.name != "posix", reason="POSIX links, limits and permissions")
-linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes through /proc")
-
-
-# Making archives -----------------------------------------------------------------------------------------------------
-
-
-def xz(data: bytes) -> bytes:
-    return lzma.compress(data, preset=0)
-
-
-def tar(members: dict[str, bytes] | list, format: int = tarfile.GNU_FORMAT) -> bytes:
-    """A tar of texts by name, or of (name or TarInfo, content) pairs."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=format) as archive:
-        for info, content in members.items() if isinstance(members, dict) else members:
-            if isinstance(info, str):
-                info = tarfile.TarInfo(info)
-                info.size = len(content)
-            archive.addfile(info, io.BytesIO(content) if content else None)
-    return buffer.getvalue()
-
-
-def member(name: str, kind: bytes = tarfile.REGTYPE, size: int = 0, linkname: str = "") -> tarfile.TarInfo:
-    info = tarfile.TarInfo(name)
-    info.type, info.size, info.linkname = kind, size, linkname
-    return info
-
-
-def v7(members: dict[str, bytes]) -> bytes:
-    """A tar from before there was a standard: without the word `ustar` in its headers."""
-    data = b""
-    for name, content in members.items():
-        header = bytearray(member(name, size=len(content)).tobuf(tarfile.USTAR_FORMAT))
-        header[257:512] = bytes(255)
-        header[148:156] = b" " * 8
-        header[148:156] = b"%06o\0 " % sum(header)
-        data += bytes(header) + content + bytes(-len(content) % 512)
-    return data + bytes(1024)
-
-
-def pax(record: bytes, *rest: tuple) -> bytes:
-    """A tar in which `record` says more about the members that follow."""
-    return tar([(member("pax", tarfile.XHDTYPE, len(record)), record), *rest])
-
-
-def put(folder: Path, files: dict[str, bytes]) -> Path:
-    for name, content in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    return folder
-
-
-# What should come out, as plainly as it can be said ------------------------------------------------------------------
-
-
-def plain(data: bytes) -> str:
-    return data.removeprefix(BOM).decode("utf-8", "replace").replace("\r\n", "\n").replace("\r", "\n")
-
-
-def documents(contents: list[bytes]) -> str:
-    return "".join(text + "\n\n" for text in (plain(content).rstrip("\n") for content in contents) if text)
-
-
-def invalid_sequences(data: bytes) -> int:
-    count = 0
-
-    def handler(error):
-        nonlocal count
-        count += 1
-        return "", error.end
-
-    codecs.register_error("count", handler)
-    data.decode("utf-8", "count")
-    return count
-
-
-def three_files(texts: list[str]) -> list[bytes]:
-    if len(texts) == 1:
-        cut = int(0.9 * len(texts[0]))
-        train, val = texts[0][:cut], texts[0][cut:]
-    else:
-        cut = max(1, int(0.9 * len(texts)))
-        train, val = "".join(texts[:cut]), "".join(texts[cut:])
-    vocabulary = "".join(f"{character}\n" for character in sorted(set(train + val)))
-    return [train.encode(), val.encode(), vocabulary.encode()]
-
-
-def shards(count: int) -> dict[str, list[bytes]]:
-    """Documents in several scripts, by the name of the shard that they are in."""
-    generator = random.Random(count)
-    return {
-        f"urlsf_subset{i % 2:02d}-{i}_data": [
-            f"{i}.{j} {''.join(generator.choices(FOREIGN, k=200))}".encode() + b"\n" * j for j in range(3)
-        ]
-        for i in range(count)
-    }
-
-
-# Looking at what came out --------------------------------------------------------------------------------------------
-
-
-def read_three(folder: Path) -> list[bytes]:
-    return [(folder / name).read_bytes() for name in NAMES]
+CHARACTERS = "".join(map(chr, range(0x4E00, 0x4E00 + 5000)))
 
 
 def read_all(folder: Path) -> tuple[str, Extracted]:
@@ -143,19 +60,10 @@ def read_all(folder: Path) -> tuple[str, Extracted]:
     return b"".join(texts).decode(), total
 
 
-def notices(stderr: str) -> list[str]:
-    """The lines on standard error but those of the progress bar."""
-    lines = re.split(r"[\r\n]+", stderr)
-    return [line for line in lines if line.strip() and not line.startswith(("extracting:", "replacing:"))]
-
-
-def complaint(result) -> str:
-    """The one line with which a run failed."""
-    assert result.returncode == 1, (result.returncode, result.stderr)
-    (line,) = notices(result.stderr)
-    assert line.startswith("data_extract.py: ")
-    assert "None" not in line
-    return line
+def extract(folder: Path, **options) -> tuple:
+    """Extract folder/in to folder/out; gives what is in both texts and what was left out."""
+    (folder / "out").mkdir(exist_ok=True)
+    return data_extract.extract(find_archives(folder / "in", set()), folder / "out", **options)
 
 
 @pytest.fixture
@@ -181,135 +89,11 @@ def limit_file_size():
 
 @pytest.fixture
 def small_chunks(monkeypatch, request):
+    """Let texts of some thousand bytes be larger than what is cleaned at once."""
     monkeypatch.setattr(data_extract, "CHUNK", request.param)
 
 
-# The built-in sample and the folder to read --------------------------------------------------------------------------
-
-
-def test_without_flags_or_data_the_built_in_sample_is_used(run_script, tmp_path):
-    result = run_script(SCRIPT)
-    assert result.returncode == 0, result.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(NAMES)
-    train, val, vocab = (content.decode("ascii") for content in read_three(tmp_path))
-    assert len(train) == int(0.9 * len(train + val)) > 300_000
-    assert vocab == "".join(f"{character}\n" for character in sorted(set(train + val)))
-    assert re.fullmatch(r"[\n -~]*", vocab), "nothing but printable ASCII and line ends"
-    assert "lambda" in train and "\n\n\n" not in train[:100] and '"' in train and "'" in train
-    (notice,) = notices(result.stderr)
-    assert "sample" in notice and "openwebtext" in notice
-    assert f"{len(train):,}" in result.stdout and f"{len(val):,}" in result.stdout
-    assert f"{len(vocab) // 2} characters" in result.stdout
-
-
-def test_without_flags_an_openwebtext_folder_is_used(run_script, tmp_path):
-    put(tmp_path, {"openwebtext/a.txt": b"first ", "openwebtext/b.txt": b"second"})
-    result = run_script(SCRIPT)
-    assert (result.returncode, notices(result.stderr)) == (0, [])
-    assert read_three(tmp_path) == three_files(["first ", "second"])
-
-
-def test_summary_counts_documents_characters_megabytes_vocabulary_and_replacements(run_script, tmp_path):
-    put(tmp_path / "in", {"a.xz": xz(tar({"1.txt": "é".encode() * 6000, "2.txt": b"b\xff"})), "b.txt": "ж".encode()})
-    result = run_script(SCRIPT, "-data_dir", "in", "-output_dir", "new/out")
-    assert result.returncode == 0, result.stderr
-    assert [train_or_val.split() for train_or_val in result.stdout.splitlines()[1:3]] == [
-        ["training", "2", "6,006", "0.01"],
-        ["validation", "1", "1", "0.00"],
-    ]
-    assert re.search(r"vocabulary: 5 characters; .*: 1\n", result.stdout)
-    assert re.search(r"wrote .*output_train.txt.* in \d+\.\d s\n", result.stdout)
-    assert "fewer than" not in result.stdout
-    assert "MB of text" in result.stderr
-
-
-def test_help_names_every_flag(run_script):
-    result = run_script(SCRIPT, "-h")
-    assert result.returncode == 0
-    assert {"-data_dir", "-output_dir", "-skip_corrupt", "-sample_rate", "-seed", "-min_count"} <= set(
-        re.findall(r"-\w+", result.stdout)
-    )
-    assert "1337" in result.stdout and "openwebtext" in result.stdout
-
-
-@pytest.mark.parametrize(
-    "args",
-    [
-        ["-data_dir", "in"],
-        ["-output_dir", "out"],
-        ["-skip_corrupt"],
-        ["-sample_rate", "0.5"],
-        ["-seed", "-7"],
-        ["-min_count", "2"],
-    ],
-)
-def test_flags_can_be_spelt_with_two_dashes(args):
-    parsed = data_extract.parse_args(["-" + args[0], *args[1:]])
-    assert parsed == data_extract.parse_args(args) != data_extract.parse_args([])
-
-
-# Nesting, order and split --------------------------------------------------------------------------------------------
-
-
-def as_files(corpus: dict[str, list[bytes]], name: str = "openwebtext/{}.xz") -> dict[str, bytes]:
-    return {
-        name.format(shard): xz(tar({f"{i:07d}.txt": content for i, content in enumerate(contents)}))
-        for shard, contents in corpus.items()
-    }
-
-
-def as_outer_tars(corpus: dict[str, list[bytes]]) -> dict[str, bytes]:
-    files = as_files(corpus)
-    return {
-        f"subset{i:02d}.tar": tar({name: content for name, content in files.items() if f"subset{i:02d}" in name})
-        for i in range(2)
-    }
-
-
-def spread(files: dict[str, bytes]) -> dict[str, bytes]:
-    return {
-        f"{'zyx'[i % 3]}/{'deep/' * (i % 4)}{Path(name).name}": data for i, (name, data) in enumerate(files.items())
-    }
-
-
-NESTINGS = {
-    "xz files": as_files,
-    "xz files at depth": lambda corpus: spread(as_files(corpus)),
-    "outer tars": as_outer_tars,
-    "outer tars at depth": lambda corpus: {f"down/here/{name}": data for name, data in as_outer_tars(corpus).items()},
-    "tar.xz files": lambda corpus: as_files(corpus, "{}.tar.xz"),
-    "tars and files": lambda corpus: {
-        **as_files({name: texts for name, texts in corpus.items() if "subset00" in name}),
-        **{name: data for name, data in as_outer_tars(corpus).items() if "subset01" in name},
-    },
-    "plain text": lambda corpus: {f"{name}.txt": documents(texts).encode() for name, texts in corpus.items()},
-    "packed text": lambda corpus: {f"{name}.xz": xz(documents(texts).encode()) for name, texts in corpus.items()},
-}
-
-
-@pytest.mark.parametrize("nesting", NESTINGS)
-def test_every_nesting_of_a_corpus_gives_the_same_three_files(run_script, tmp_path, nesting):
-    corpus = shards(11)
-    put(tmp_path / ".cache/in", NESTINGS[nesting](corpus))  # a folder that is named may be hidden
-    result = run_script(SCRIPT, "-data_dir", ".cache/in", "-output_dir", "out")
-    assert result.returncode == 0, result.stderr
-    assert read_three(tmp_path / "out") == three_files([documents(corpus[name]) for name in sorted(corpus)])
-
-
-def test_a_second_run_that_reads_the_folder_it_writes_to_gives_the_same_files(run_script, tmp_path):
-    put(tmp_path, {"a.txt": b"first ", "b.txt": b"second"})
-    for _ in range(2):
-        assert run_script(SCRIPT, "-data_dir", ".").returncode == 0
-        assert read_three(tmp_path) == three_files(["first ", "second"])
-
-
-@pytest.mark.parametrize(("count", "training"), [(2, 1), (3, 2), (10, 9), (19, 17)])
-def test_nine_tenths_of_the_archives_are_training_text(tmp_path, count, training):
-    put(tmp_path / "in", {f"{i:02d}.txt": b"%02d" % i for i in range(count)})
-    (tmp_path / "out").mkdir()
-    train, val, _ = data_extract.extract(find_archives(tmp_path / "in", set()), tmp_path / "out", workers=1)
-    assert (train.documents, val.documents) == (training, count - training)
-    assert read_three(tmp_path / "out") == three_files([f"{i:02d}" for i in range(count)])
+# Finding archives ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -337,66 +121,62 @@ def test_archives_are_sorted_by_their_own_file_name_then_by_path(tmp_path, files
     assert all(part in name for part, name in zip(order, names)), names
 
 
-@pytest.mark.parametrize("suffix", [".txt", ".xz", ".tar"])
-@pytest.mark.parametrize("length", [2, 9, 10, 999, 100_003])
-@pytest.mark.parametrize("small_chunks", [1024], indirect=True)
-def test_a_single_archive_is_cut_at_nine_tenths_of_its_characters(small_chunks, tmp_path, monkeypatch, suffix, length):
-    monkeypatch.setattr(data_extract, "extract_all", extract_here)
-    text = "a" + "".join(random.Random(length).choices(FOREIGN + "\nab", k=length - 2)) + "."
-    data = text.encode()
-    put(tmp_path / "in", {f"a{suffix}": {".txt": data, ".xz": xz(data), ".tar": tar({"a.txt": data})}[suffix]})
-    (tmp_path / "out").mkdir()
-    data_extract.extract(find_archives(tmp_path / "in", set()), tmp_path / "out")
-    assert read_three(tmp_path / "out") == three_files([documents([data]) if suffix == ".tar" else plain(data)])
+@pytest.mark.parametrize(
+    "files",
+    [
+        {".a.txt": b"no", "._b.xz": b"no", ".c.tar": b"no", ".d/e.txt": b"no", "f/.g/h/i.xz": b"no"},
+        {"README.md": b"no", "vocab.json": b"no", "xz": b"no", "a.txt.bak": b"no", "b.tmp": b"no"},
+        {"b.tar": tar({"._b.xz": b"no", "x/._c.txt": b"no", ".d/e.xz": b"no", "./.f": b"no"})},
+        {"b.xz": xz(tar({"._a.txt": b"no", ".x/a.txt": b"no", "x/.y/a.txt": b"no", ".a.xz": b"no", ".b.tar": b"no"}))},
+        {"b.xz": xz(tar({".x/" + "long/" * 30 + "a.txt": b"no"}, tarfile.GNU_FORMAT))},
+        {"b.xz": xz(tar({".x/" + "long/" * 30 + "a.txt": b"no"}, tarfile.PAX_FORMAT))},
+        {"b.xz": xz(tar({".x/" + "long/" * 20 + "a.txt": b"no"}, tarfile.USTAR_FORMAT))},
+    ],
+)
+def test_dotfiles_and_other_files_are_skipped(tmp_path, files):
+    text, found = read_all(put(tmp_path, {**files, "a.txt": b"yes"}))
+    assert text == "yes"
+    assert found.replaced == 0
 
 
-def extract_here(archives, first_val, outputs, workers, min_count):
-    """In the place of the worker processes, which would not see a changed CHUNK."""
-    for index, archive in enumerate(archives):
-        found = Extracted()
-        try:
-            text = b"".join(read_clean(archive, found, min_count))
-        except Damaged as damage:
-            text, found = b"", Extracted(damage=str(damage))
-        with open(outputs[index >= first_val], "ab") as file:
-            file.write(text)
-        yield found
+def test_a_folder_in_an_outer_tar_from_before_there_was_a_standard_is_no_document(tmp_path):
+    put(tmp_path, {"outer.tar": v7({"x/": b"", "x/1.xz": xz(b"a"), "x/2.xz": xz(b"b")})})
+    assert [archive.name for archive in find_archives(tmp_path, set())] == ["outer.tar/x/1.xz", "outer.tar/x/2.xz"]
 
 
-@pytest.mark.skipif(not TINYSHAKESPEARE.is_dir(), reason="the corpora are not beside this folder")
-@pytest.mark.parametrize("as_one_text", [False, True])
-def test_tinyshakespeare_comes_out_as_published(run_script, tmp_path, as_one_text):
-    texts = [lzma.decompress(path.read_bytes()) for path in sorted(TINYSHAKESPEARE.iterdir())]
-    put(tmp_path / "in", {"input.txt": b"".join(texts)})
-    folder = tmp_path / "in" if as_one_text else TINYSHAKESPEARE
-    assert run_script(SCRIPT, "-data_dir", folder).returncode == 0
-    train, val, vocab = read_three(tmp_path)
-    assert (train, val) == (b"".join(texts[:9]), texts[9])
-    assert (len(train.decode()), len(val.decode()), len(set(vocab.decode()))) == (1_003_854, 111_540, 65)
+def test_a_sample_is_the_same_for_every_nesting(run_script, tmp_path):
+    corpus = shards(40)
+    for nesting, pack in (("files", as_files), ("tars", as_outer_tars)):
+        args = ["-data_dir", put(tmp_path / nesting, pack(corpus)), "-output_dir", "out", "-sample_rate", "0.25"]
+        assert run_script(SCRIPT, *args, "-seed", "7").returncode == 0
+        files = read_three(tmp_path / "out")
+        taken = [name for name in sorted(corpus) if documents(corpus[name]).encode() in b"".join(files[:2])]
+        assert len(taken) == 10
+        assert files == three_files([documents(corpus[name]) for name in taken])
+        assert taken == [Path(archive.name).stem for archive in take_sample(find_archives(args[1], set()), 0.25, 7)]
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
-def test_the_number_of_workers_does_not_change_the_result(tmp_path, workers):
-    corpus = shards(7)
-    corpus["urlsf_subset00-2_data"] *= 5000  # the later ones are ready before it
-    put(tmp_path / "in", as_outer_tars({name: [b"\n".join(texts)] for name, texts in corpus.items()}))
-    (tmp_path / "out").mkdir()
-    data_extract.extract(find_archives(tmp_path / "in", set()), tmp_path / "out", workers=workers)
-    expected = three_files([documents([b"\n".join(corpus[name])]) for name in sorted(corpus)])
-    assert read_three(tmp_path / "out") == expected
+@pytest.mark.parametrize("count", [1, 2, 7, 100, 20_610])
+def test_a_higher_rate_contains_what_a_lower_one_takes(count):
+    archives = [data_extract.Archive(f"{i:05d}.xz", Path(f"{i:05d}.xz"), 0, 1) for i in range(count)]
+    previous = set()
+    for rate in (1e-9, 0.001, 0.01, 0.1, 0.5, 0.99, 1):
+        sample = take_sample(archives, rate, seed=1337)
+        assert sample == sorted(sample) and previous <= set(sample)
+        assert abs(len(sample) - rate * count) <= 1
+        previous = set(sample)
+    assert sample == archives
+    assert count < 100 or take_sample(archives, 0.1, seed=1) != take_sample(archives, 0.1, seed=2)
 
 
-def test_leftovers_of_a_killed_run_do_not_matter(run_script, tmp_path):
-    put(tmp_path, {f"out/{name}.tmp": b"litter" * 100 for name in NAMES})
+@posix
+def test_a_pipe_among_the_archives_does_not_hang(run_script, tmp_path):
     put(tmp_path / "in", {"a.txt": b"first ", "b.txt": b"second"})
-    assert run_script(SCRIPT, "-data_dir", "in", "-output_dir", "out").returncode == 0
-    assert read_three(tmp_path / "out") == three_files(["first ", "second"])
-    assert len(list((tmp_path / "out").iterdir())) == 3
+    os.mkfifo(tmp_path / "in/pipe.txt")
+    assert run_script(SCRIPT, "-data_dir", "in", timeout=8).returncode in (0, 1)
 
 
-# What is in an archive -----------------------------------------------------------------------------------------------
-
-TEXT = f"{FOREIGN}\n".encode() * 20
+# Reading one archive -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -425,24 +205,6 @@ def test_archives_are_read_by_what_they_hold(tmp_path, files, expected):
     assert read_all(put(tmp_path, files))[0] == expected
 
 
-@pytest.mark.parametrize(
-    "files",
-    [
-        {".a.txt": b"no", "._b.xz": b"no", ".c.tar": b"no", ".d/e.txt": b"no", "f/.g/h/i.xz": b"no"},
-        {"README.md": b"no", "vocab.json": b"no", "xz": b"no", "a.txt.bak": b"no", "b.tmp": b"no"},
-        {"b.tar": tar({"._b.xz": b"no", "x/._c.txt": b"no", ".d/e.xz": b"no", "./.f": b"no"})},
-        {"b.xz": xz(tar({"._a.txt": b"no", ".x/a.txt": b"no", "x/.y/a.txt": b"no", ".a.xz": b"no", ".b.tar": b"no"}))},
-        {"b.xz": xz(tar({".x/" + "long/" * 30 + "a.txt": b"no"}, tarfile.GNU_FORMAT))},
-        {"b.xz": xz(tar({".x/" + "long/" * 30 + "a.txt": b"no"}, tarfile.PAX_FORMAT))},
-        {"b.xz": xz(tar({".x/" + "long/" * 20 + "a.txt": b"no"}, tarfile.USTAR_FORMAT))},
-    ],
-)
-def test_dotfiles_and_other_files_are_skipped(tmp_path, files):
-    text, found = read_all(put(tmp_path, {**files, "a.txt": b"yes"}))
-    assert text == "yes"
-    assert found.replaced == 0
-
-
 @pytest.mark.parametrize("pack", [lambda data: {"a.tar": data}, lambda data: {"a.xz": xz(data)}], ids=["tar", "xz"])
 @pytest.mark.parametrize(
     "others",
@@ -464,7 +226,6 @@ def test_links_devices_and_unknown_members_of_a_tar_are_skipped(tmp_path, pack, 
     assert read_all(put(tmp_path, pack(data)))[0] == "first\n\nsecond\n\n"
 
 
-AB = {"a": b"a", "b": b"b"}
 MEMBERS = {"a.txt": TEXT, "long/" * 18 + "b.txt": b"b" * 512, "c.txt": b"", "d.txt": b"d" * 513, "e.txt": b"e" * 1024}
 
 
@@ -488,12 +249,81 @@ def test_every_kind_of_tar_gives_its_documents(tmp_path, pack, data, names):
     assert read_all(put(tmp_path, pack(data)))[0] == documents(list(names.values()))
 
 
-def test_a_folder_in_an_outer_tar_from_before_there_was_a_standard_is_no_document(tmp_path):
-    put(tmp_path, {"outer.tar": v7({"x/": b"", "x/1.xz": xz(b"a"), "x/2.xz": xz(b"b")})})
-    assert [archive.name for archive in find_archives(tmp_path, set())] == ["outer.tar/x/1.xz", "outer.tar/x/2.xz"]
+@pytest.mark.parametrize("content", [tar({"a": b"a" * 700, "b": b"b"}), b"text"], ids=["tar", "text"])
+def test_no_byte_of_an_xz_file_can_be_lost_or_changed_unnoticed(tmp_path, content):
+    packed = lzma.compress(content)
+    damaged = [packed[:end] for end in range(len(packed))] + [flip(packed, at) for at in range(len(packed))]
+    for data in damaged:
+        (archive,) = find_archives(put(tmp_path, {"a.xz": data}), set())
+        with pytest.raises(Damaged):
+            list(read_clean(archive, Extracted()))
 
 
-# The text ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "data",
+    [
+        *(OUTER[:end] for end in (100, 512, 600, OUTER_MEMBER + 100, 2 * OUTER_MEMBER - 1, 2 * OUTER_MEMBER + 512)),
+        OUTER[: 2 * OUTER_MEMBER],
+        *(flip(OUTER, OUTER_MEMBER + at) for at in (0, 130, 150, 258)),
+        *(flip(OUTER, 2 * OUTER_MEMBER + at) for at in (0, 130, 150, 258)),
+        OUTER[:OUTER_MEMBER] + b"not a header" * 100 + OUTER[OUTER_MEMBER:],
+    ],
+    ids=[
+        "cut in the first header",
+        "cut after the first header",
+        "cut in the first member",
+        "cut in the second header",
+        "cut in the second member",
+        "cut after the third header",
+        "cut between members",
+        *(f"flipped {field} of the second member" for field in ("name", "size", "sum", "magic")),
+        *(f"flipped {field} of the third member" for field in ("name", "size", "sum", "magic")),
+        "garbage between members",
+    ],
+)
+def test_damage_to_an_outer_tar_is_noticed(tmp_path, data):
+    put(tmp_path, {"outer.tar": data})
+    with pytest.raises(Damaged):
+        read_all(tmp_path)
+
+
+def test_random_damage_is_named_or_gives_no_more_text_than_there_was(tmp_path):
+    generator = random.Random(0)
+    sound = tar({"a.txt": TEXT, "long/" * 30 + "b": b"b" * 700, "c.txt": b"c"}, tarfile.PAX_FORMAT)
+    for _ in range(300):
+        data = bytearray(sound)
+        for _ in range(generator.randrange(1, 6)):
+            data[generator.randrange(len(sound))] = generator.randrange(256)
+        damaged = bytes(data[: generator.choice([len(sound), generator.randrange(len(sound))])])
+        try:
+            text, _ = read_all(put(tmp_path, {"a.tar": damaged, "b.xz": xz(damaged)}))
+        except Damaged:
+            continue
+        assert len(text) < 2 * len(sound)
+
+
+@posix
+@pytest.mark.skipif(getattr(os, "geteuid", lambda: 0)() == 0, reason="root can read everything")
+@pytest.mark.parametrize("name", ["a.txt", "b.xz", "c.tar", "folder"])
+def test_an_unreadable_file_is_a_sentence(run_main, earlier, tmp_path, name):
+    put(tmp_path / "in", {"a.txt": TEXT, "b.xz": SHORT, "c.tar": OUTER, "folder/d.txt": TEXT})
+    (tmp_path / "in" / name).chmod(0)
+    try:
+        assert_fails(run_main(SCRIPT, "-data_dir", "in", "-output_dir", "out"), f"{name}: ")
+    finally:
+        (tmp_path / "in" / name).chmod(0o700)
+
+
+def test_an_archive_that_can_not_be_read_to_its_end_is_named(run_main, earlier, tmp_path, monkeypatch):
+    def fail(self, buffer):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    put(tmp_path / "in", {"a.txt": TEXT})
+    monkeypatch.setattr(data_extract.Window, "readinto", fail)
+    assert_fails(run_main(SCRIPT, "-data_dir", "in", "-output_dir", "out"), f"a.txt: {os.strerror(errno.EIO)}")
+
+
+# Cleaning ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -567,7 +397,7 @@ def test_text_larger_than_a_chunk_is_never_cut_inside_a_character_or_line_end(tm
     assert found.documents == 2 + sum(bool(plain(content).strip("\n")) for content in (data, b"x", data))
 
 
-def test_text_larger_than_a_chunk_in_a_real_run(run_script, tmp_path):
+def test_text_larger_than_a_chunk_comes_whole_out_of_worker_processes(run_script, tmp_path):
     line = FOREIGN.encode() * 60_000
     put(tmp_path / "in", {"a.xz": xz(tar({"1": line, "2": line + b"\r\n\r\n", "3": b"x"})), "b.txt": b"y" + line})
     assert len(line) > 1.5 * data_extract.CHUNK
@@ -603,48 +433,78 @@ def test_random_corpora_come_out_as_the_plain_implementation_says(tmp_path, monk
         assert set(found.characters_seen) == set(text)
 
 
-# Damage --------------------------------------------------------------------------------------------------------------
-
-NOISE = random.Random(1).randbytes(15_000).hex().encode()  # hardly compressible, so that damage falls into data
-PACKED = xz(tar({"a.txt": NOISE, "b.txt": NOISE}))
-SHORT = xz(tar({"a.txt": b"a" * 700}))
-OUTER = tar({"x/1.xz": SHORT, "x/2.xz": SHORT, "x/3.xz": SHORT})
-OUTER_MEMBER = 512 + len(SHORT) + -len(SHORT) % 512
+# The whole corpus ----------------------------------------------------------------------------------------------------
 
 
-def flip(data: bytes, at: int) -> bytes:
-    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+@pytest.mark.parametrize("nesting", NESTINGS)
+def test_every_nesting_of_a_corpus_gives_the_same_three_files(run_main, tmp_path, nesting):
+    corpus = shards(11)
+    put(tmp_path / ".cache/in", NESTINGS[nesting](corpus))  # a folder that is named may be hidden
+    result = run_main(SCRIPT, "-data_dir", ".cache/in", "-output_dir", "out")
+    assert result.returncode == 0, result.stderr
+    assert read_three(tmp_path / "out") == three_files([documents(corpus[name]) for name in sorted(corpus)])
 
 
-DAMAGED = {
-    "cut short.xz": PACKED[:-1000],
-    "flipped byte.xz": flip(PACKED, len(PACKED) // 2),
-    "cut tar inside.xz": xz(tar({"a.txt": NOISE})[:-20_000]),
-    "cut header inside.xz": xz(tar({"a.txt": b"a", "b.txt": b"b"})[:1324]),
-    "text.xz": b"just text",
-    "empty.xz": b"",
-    "trailing text.xz": PACKED + b"text",
-    "xz inside.xz": xz(tar({"a.txt": b"a", "b.xz": SHORT})),
-    "tar inside.xz": xz(tar({"a.txt": b"a", "b.tar": OUTER})),
-    "tar inside.tar": tar({"a.txt": b"a", "b.tar": OUTER}),
-    "xz inside.txt": tar({"a.txt": b"a", "b.xz": SHORT}),
-    "text.tar": b"just text" * 1000,
-    "empty.tar": b"",
-    "packed.tar": PACKED,
-    "negative size.xz": xz(pax(b"12 size=-10\n", ("a.txt", b"a" * 3000))),
-    "minus one.xz": xz(pax(b"11 size=-1\n", ("a.txt", b"a" * 3000))),
-    "no number.xz": xz(pax(b"13 size=many\n", ("a.txt", b"a" * 3000))),
-    "absurd size.xz": xz(pax(b"25 size=9999999999999999\n", ("a.txt", b"a" * 3000))),
-    "endless number.xz": xz(pax(b"5012 size=" + b"9" * 5000 + b"\n", ("a.txt", b"a"))),
-    "absurd size.tar": pax(b"25 size=9999999999999999\n", ("a.txt", b"a" * 3000)),
-    "\x80bad name.xz": b"",
-}
+@pytest.mark.skipif(not TINYSHAKESPEARE.is_dir(), reason="the corpora are not beside this folder")
+@pytest.mark.parametrize("as_one_text", [False, True])
+def test_tinyshakespeare_comes_out_as_published(run_script, tmp_path, as_one_text):
+    texts = [lzma.decompress(path.read_bytes()) for path in sorted(TINYSHAKESPEARE.iterdir())]
+    put(tmp_path / "in", {"input.txt": b"".join(texts)})
+    folder = tmp_path / "in" if as_one_text else TINYSHAKESPEARE
+    assert run_script(SCRIPT, "-data_dir", folder).returncode == 0
+    train, val, vocab = read_three(tmp_path)
+    assert (train, val) == (b"".join(texts[:9]), texts[9])
+    assert (len(train.decode()), len(val.decode()), len(set(vocab.decode()))) == (1_003_854, 111_540, 65)
 
 
-def test_skip_corrupt_leaves_damaged_archives_out_and_lists_them(run_script, tmp_path):
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_the_number_of_workers_does_not_change_the_result(tmp_path, workers):
+    corpus = shards(7)
+    corpus["urlsf_subset00-2_data"] *= 5000  # the later ones are ready before it
+    put(tmp_path / "in", as_outer_tars({name: [b"\n".join(texts)] for name, texts in corpus.items()}))
+    extract(tmp_path, workers=workers)
+    expected = three_files([documents([b"\n".join(corpus[name])]) for name in sorted(corpus)])
+    assert read_three(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize(("count", "training"), [(2, 1), (3, 2), (10, 9), (19, 17)])
+def test_nine_tenths_of_the_archives_are_training_text(extract_here, tmp_path, count, training):
+    put(tmp_path / "in", {f"{i:02d}.txt": b"%02d" % i for i in range(count)})
+    train, val, _ = extract(tmp_path)
+    assert (train.documents, val.documents) == (training, count - training)
+    assert read_three(tmp_path / "out") == three_files([f"{i:02d}" for i in range(count)])
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".xz", ".tar"])
+@pytest.mark.parametrize("length", [2, 9, 10, 999, 100_003])
+@pytest.mark.parametrize("small_chunks", [1024], indirect=True)
+def test_a_single_archive_is_cut_at_nine_tenths_of_its_characters(extract_here, small_chunks, tmp_path, suffix, length):
+    text = "a" + "".join(random.Random(length).choices(FOREIGN + "\nab", k=length - 2)) + "."
+    data = text.encode()
+    put(tmp_path / "in", {f"a{suffix}": {".txt": data, ".xz": xz(data), ".tar": tar({"a.txt": data})}[suffix]})
+    extract(tmp_path)
+    assert read_three(tmp_path / "out") == three_files([documents([data]) if suffix == ".tar" else plain(data)])
+
+
+def test_a_second_run_that_reads_the_folder_it_writes_to_gives_the_same_files(run_main, tmp_path):
+    put(tmp_path, {"a.txt": b"first ", "b.txt": b"second"})
+    for _ in range(2):
+        assert run_main(SCRIPT, "-data_dir", ".").returncode == 0
+        assert read_three(tmp_path) == three_files(["first ", "second"])
+
+
+def test_leftovers_of_a_killed_run_do_not_matter(run_main, tmp_path):
+    put(tmp_path, {f"out/{name}.tmp": b"litter" * 100 for name in NAMES})
+    put(tmp_path / "in", {"a.txt": b"first ", "b.txt": b"second"})
+    assert run_main(SCRIPT, "-data_dir", "in", "-output_dir", "out").returncode == 0
+    assert read_three(tmp_path / "out") == three_files(["first ", "second"])
+    assert len(list((tmp_path / "out").iterdir())) == 3
+
+
+def test_skip_corrupt_leaves_damaged_archives_out_and_lists_them(run_main, tmp_path):
     put(tmp_path / "in", {f"down/{name}": content for name, content in DAMAGED.items()})
     put(tmp_path / "in", {"a.tar": tar({"0.xz": SHORT, "1.xz": SHORT[:-4]}), "b.txt": b"b", "zz.txt": b"last"})
-    result = run_script(SCRIPT, "-data_dir", "in", "-output_dir", "out", "-skip_corrupt")
+    result = run_main(SCRIPT, "-data_dir", "in", "-output_dir", "out", "-skip_corrupt")
     assert (result.returncode, notices(result.stderr)) == (0, [])
     listed = sorted(re.findall(r"^left out: (.+?): ", result.stdout, re.MULTILINE))
     assert listed == sorted(["a.tar/1.xz", *(f"down/{name}" for name in DAMAGED)])
@@ -653,92 +513,17 @@ def test_skip_corrupt_leaves_damaged_archives_out_and_lists_them(run_script, tmp
     assert vocab.decode() == "".join(f"{character}\n" for character in sorted(set((train + val).decode())))
 
 
-def test_skip_corrupt_takes_back_what_a_large_damaged_archive_had_already_written(run_script, tmp_path):
+def test_skip_corrupt_takes_back_what_a_large_damaged_archive_has_already_written(run_script, tmp_path):
     text = b"0123456789abcde\n" * (1 << 16)
     large = xz(text) * 60  # far more than a worker holds back
     assert 60 * len(text) > data_extract.BUFFER + 2 * data_extract.CHUNK
     put(tmp_path / "in", {"1.txt": b"1", "2.xz": large[:-9], "3.txt": b"3", "4.xz": large[:-9]})
     result = run_script(SCRIPT, "-data_dir", "in", "-output_dir", "out", "-skip_corrupt", "-sample_rate", "1")
-    assert "too little text" in complaint(result), "the last archive was all of the validation text"
+    assert_fails(result, "too little text")  # the last archive was all of the validation text
     put(tmp_path / "in", {"5.txt": b"5"})
     result = run_script(SCRIPT, "-data_dir", "in", "-output_dir", "out", "-skip_corrupt")
     assert result.returncode == 0, result.stderr
     assert read_three(tmp_path / "out") == [b"13", b"5", b"1\n3\n5\n"]
-
-
-@pytest.mark.parametrize("content", [tar({"a": b"a" * 700, "b": b"b"}), b"text"], ids=["tar", "text"])
-def test_no_byte_of_an_xz_file_can_be_lost_or_changed_unnoticed(tmp_path, content):
-    packed = lzma.compress(content)
-    damaged = [packed[:end] for end in range(len(packed))] + [flip(packed, at) for at in range(len(packed))]
-    for data in damaged:
-        (archive,) = find_archives(put(tmp_path, {"a.xz": data}), set())
-        with pytest.raises(Damaged):
-            list(read_clean(archive, Extracted()))
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        *(OUTER[:end] for end in (100, 512, 600, OUTER_MEMBER + 100, 2 * OUTER_MEMBER - 1, 2 * OUTER_MEMBER + 512)),
-        OUTER[: 2 * OUTER_MEMBER],
-        *(flip(OUTER, OUTER_MEMBER + at) for at in (0, 130, 150, 258)),
-        *(flip(OUTER, 2 * OUTER_MEMBER + at) for at in (0, 130, 150, 258)),
-        OUTER[:OUTER_MEMBER] + b"not a header" * 100 + OUTER[OUTER_MEMBER:],
-    ],
-    ids=[
-        "cut in the first header",
-        "cut after the first header",
-        "cut in the first member",
-        "cut in the second header",
-        "cut in the second member",
-        "cut after the third header",
-        "cut between members",
-        *(f"flipped {field} of the second member" for field in ("name", "size", "sum", "magic")),
-        *(f"flipped {field} of the third member" for field in ("name", "size", "sum", "magic")),
-        "garbage between members",
-    ],
-)
-def test_damage_to_an_outer_tar_is_reported(tmp_path, data):
-    put(tmp_path, {"outer.tar": data})
-    with pytest.raises(Damaged):
-        read_all(tmp_path)
-
-
-def test_random_damage_gives_text_or_an_error_that_names_it(tmp_path):
-    generator = random.Random(0)
-    sound = tar({"a.txt": TEXT, "long/" * 30 + "b": b"b" * 700, "c.txt": b"c"}, tarfile.PAX_FORMAT)
-    for _ in range(300):
-        data = bytearray(sound)
-        for _ in range(generator.randrange(1, 6)):
-            data[generator.randrange(len(sound))] = generator.randrange(256)
-        damaged = bytes(data[: generator.choice([len(sound), generator.randrange(len(sound))])])
-        try:
-            text, _ = read_all(put(tmp_path, {"a.tar": damaged, "b.xz": xz(damaged)}))
-        except Damaged:
-            continue
-        assert len(text) < 2 * len(sound)
-
-
-@posix
-def test_a_pipe_among_the_archives_does_not_hang(run_script, tmp_path):
-    put(tmp_path / "in", {"a.txt": b"first ", "b.txt": b"second"})
-    os.mkfifo(tmp_path / "in/pipe.txt")
-    assert run_script(SCRIPT, "-data_dir", "in", timeout=8).returncode in (0, 1)
-
-
-@posix
-@pytest.mark.skipif(getattr(os, "geteuid", lambda: 0)() == 0, reason="root can read everything")
-@pytest.mark.parametrize("name", ["a.txt", "b.xz", "c.tar", "folder"])
-def test_an_unreadable_file_is_a_clear_line(run_script, earlier, tmp_path, name):
-    put(tmp_path / "in", {"a.txt": TEXT, "b.xz": SHORT, "c.tar": OUTER, "folder/d.txt": TEXT})
-    (tmp_path / "in" / name).chmod(0)
-    try:
-        assert f"{name}: " in complaint(run_script(SCRIPT, "-data_dir", "in", "-output_dir", "out"))
-    finally:
-        (tmp_path / "in" / name).chmod(0o700)
-
-
-CHARACTERS = "".join(map(chr, range(0x4E00, 0x4E00 + 5000)))
 
 
 @posix
@@ -752,44 +537,23 @@ CHARACTERS = "".join(map(chr, range(0x4E00, 0x4E00 + 5000)))
     ],
     ids=["first archive", "second archive", "validation", "vocabulary"],
 )
-def test_a_full_disk_is_a_clear_line(run_script, earlier, tmp_path, limit_file_size, files, limit, full):
+def test_a_full_disk_is_a_sentence(run_script, earlier, tmp_path, limit_file_size, files, limit, full):
     put(tmp_path / "in", files)
     args = ["-data_dir", "in", "-output_dir", "out"]
-    line = complaint(run_script(SCRIPT, *args, preexec_fn=lambda: limit_file_size(limit)))
-    assert f"{full}.tmp: {os.strerror(errno.EFBIG)}" in line
+    result = run_script(SCRIPT, *args, preexec_fn=lambda: limit_file_size(limit))
+    assert_fails(result, f"{full}.tmp: {os.strerror(errno.EFBIG)}")
 
 
-def test_an_error_while_an_archive_is_read_names_it(tmp_path, monkeypatch):
-    def fail(self, buffer):
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    (archive,) = find_archives(put(tmp_path, {"a.txt": TEXT}), set())
-    monkeypatch.setattr(data_extract.Window, "readinto", fail)
-    with pytest.raises(OSError) as error:
-        list(read_clean(archive, Extracted()))
-    assert error.value.filename == archive.path
-
-
-def test_a_disk_that_fills_up_while_the_validation_text_is_cut_off_is_a_clear_line(
-    earlier, tmp_path, monkeypatch, capsys
+def test_a_disk_that_fills_up_while_the_validation_text_is_cut_off_is_a_sentence(
+    run_main, earlier, tmp_path, monkeypatch
 ):
     def fail(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(data_extract, "extract_all", extract_here)
+    put(tmp_path / "in", {"a.txt": TEXT})
     monkeypatch.setattr(data_extract.shutil, "copyfileobj", fail)
-    arguments = ["-data_dir", str(put(tmp_path / "in", {"a.txt": TEXT})), "-output_dir", str(earlier)]
-    monkeypatch.setattr(sys, "argv", [SCRIPT, *arguments])
-    assert data_extract.main() == 1
-    assert f"output_val.txt.tmp: {os.strerror(errno.ENOSPC)}" in capsys.readouterr().err
-
-
-@posix
-def test_a_disk_too_full_for_the_built_in_sample_is_a_clear_line(run_script, earlier, limit_file_size):
-    result = run_script(SCRIPT, "-output_dir", "out", preexec_fn=lambda: limit_file_size(20_000))
-    notice, line = notices(result.stderr)
-    assert result.returncode == 1 and "sample" in notice
-    assert os.strerror(errno.EFBIG) in line and "None" not in line
+    result = run_main(SCRIPT, "-data_dir", "in", "-output_dir", "out")
+    assert_fails(result, f"output_val.txt.tmp: {os.strerror(errno.ENOSPC)}")
 
 
 # Interruption --------------------------------------------------------------------------------------------------------
@@ -803,32 +567,12 @@ def slow_corpus(tmp_path):
     return put(tmp_path / "in", {f"{i}.xz": data for i in range(3)})
 
 
-def wait_for(condition, seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
-
-
-def processes_of(group: int) -> dict[int, str]:
-    """The living processes of a process group, with their command lines."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            state, _, number = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
-            if int(number) == group and state != "Z":
-                found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
-        except OSError:
-            pass  # it has ended just now
-    return found
-
-
 def workers_of(process: subprocess.Popen) -> list[int]:
     return [pid for pid, command in processes_of(process.pid).items() if "spawn_main" in command]
 
 
 @linux
-@pytest.mark.parametrize("seconds", [0, 0.05, 0.1, 0.15, 0.8])
+@pytest.mark.parametrize("seconds", [0, 0.1, 0.8, *(pytest.param(s, marks=pytest.mark.soak) for s in (0.05, 0.15))])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_changes_nothing_and_says_so(start_script, earlier, slow_corpus, number, seconds):
     process = start_script(SCRIPT, "-data_dir", slow_corpus, "-output_dir", earlier)
@@ -849,15 +593,9 @@ def test_an_interrupted_run_changes_nothing_and_says_so(start_script, earlier, s
 # Rare characters -----------------------------------------------------------------------------------------------------
 
 
-def replace_rare(texts: list[str], min_count: int) -> list[str]:
-    counts = Counter("".join(texts))
-    return ["".join(c if counts[c] >= min_count else "\ufffd" for c in text) for text in texts]
-
-
 @pytest.mark.parametrize("seed", range(40))
-def test_min_count_replaces_what_is_rare_in_both_texts_together(tmp_path, monkeypatch, seed):
+def test_min_count_replaces_what_is_rare_in_both_texts_together(extract_here, tmp_path, monkeypatch, seed):
     generator = random.Random(seed)
-    monkeypatch.setattr(data_extract, "extract_all", extract_here)
     chunk, length = generator.choice([(7, 500), (64, 2000), (1024, 40_000), (1 << 20, 100_000)])
     monkeypatch.setattr(data_extract, "CHUNK", chunk)
     kinds = ["ab\n\t~", "éж\x80\u07ff", "你\u0800\uffff\ufffd\ufeff", "🙂\U0010ffff𝔘"]
@@ -876,9 +614,8 @@ def test_min_count_replaces_what_is_rare_in_both_texts_together(tmp_path, monkey
     least = min(generator.choice([1, 2, 5, 100, 1000, 10**6]), max(counts.values()))
     rare = {character: count for character, count in counts.items() if count < least}
 
-    archives = find_archives(put(tmp_path / "in", files), set())
-    (tmp_path / "out").mkdir()
-    train, val, left_out = data_extract.extract(archives, tmp_path / "out", skip_corrupt=True, min_count=least)
+    put(tmp_path / "in", files)
+    train, val, left_out = extract(tmp_path, skip_corrupt=True, min_count=least)
     expected = three_files(["".join("\ufffd" if c in rare else c for c in text) for text in texts])
     assert read_three(tmp_path / "out") == expected
     assert train.rare + val.rare == rare and len(left_out) == len(files) - len([text for text in texts if text])
@@ -901,7 +638,7 @@ def test_ascii_is_counted_exactly_below_min_count_however_much_text_there_is(tmp
             assert count == text.count(character) or least <= count <= text.count(character)
 
 
-def test_min_count_in_a_real_run_with_a_sample_and_the_summary(run_script, tmp_path):
+def test_the_summary_says_what_was_rare_also_in_a_sample(run_script, tmp_path):
     corpus = shards(11)
     put(tmp_path / "in", as_outer_tars(corpus))
     taken = take_sample(find_archives(tmp_path / "in", set()), 0.5, 7)
@@ -917,47 +654,64 @@ def test_min_count_in_a_real_run_with_a_sample_and_the_summary(run_script, tmp_p
     assert f"fewer than 50 times replaced by U+FFFD: {sum(rare.values()):,} ({len(rare)} different)" in result.stdout
 
 
-def test_a_text_in_which_everything_is_rare_is_a_clear_line(run_script, earlier, tmp_path):
+def test_a_text_in_which_everything_is_rare_is_a_sentence(run_main, earlier, tmp_path):
     put(tmp_path / "in", {"a.txt": ("ab\né" * 99 + "\ufffd" * 100).encode()})
-    line = complaint(run_script(SCRIPT, "-data_dir", "in", "-output_dir", "out", "-min_count", "100"))
-    assert "no character is seen 100 times; lower -min_count" in line
+    result = run_main(SCRIPT, "-data_dir", "in", "-output_dir", "out", "-min_count", "100")
+    assert_fails(result, "no character is seen 100 times; lower -min_count")
 
 
 @posix
-def test_a_disk_that_fills_up_with_replacements_is_a_clear_line(run_script, earlier, tmp_path, limit_file_size):
+def test_a_disk_that_fills_up_with_replacements_is_a_sentence(run_script, earlier, tmp_path, limit_file_size):
     text = "".join(map(chr, range(0x80, 0x800))) * 9 + "a" * 100  # two bytes each, of which three become
     put(tmp_path / "in", {"a.txt": text.encode(), "b.txt": b"b"})
     args = ["-data_dir", "in", "-output_dir", "out", "-min_count", "100"]
     result = run_script(SCRIPT, *args, preexec_fn=lambda: limit_file_size(len(text.encode()) + 99))
-    assert re.search(rf"output_train.txt.tmp: {os.strerror(errno.EFBIG)}", complaint(result))
+    assert_fails(result, f"output_train.txt.tmp: {os.strerror(errno.EFBIG)}")
 
 
-# Samples of the corpus -----------------------------------------------------------------------------------------------
+# The built-in sample and the command ---------------------------------------------------------------------------------
 
 
-def test_a_sample_is_the_same_for_every_nesting(run_script, tmp_path):
-    corpus = shards(40)
-    for nesting, pack in (("files", as_files), ("tars", as_outer_tars)):
-        args = ["-data_dir", put(tmp_path / nesting, pack(corpus)), "-output_dir", "out", "-sample_rate", "0.25"]
-        assert run_script(SCRIPT, *args, "-seed", "7").returncode == 0
-        files = read_three(tmp_path / "out")
-        taken = [name for name in sorted(corpus) if documents(corpus[name]).encode() in b"".join(files[:2])]
-        assert len(taken) == 10
-        assert files == three_files([documents(corpus[name]) for name in taken])
-        assert taken == [Path(archive.name).stem for archive in take_sample(find_archives(args[1], set()), 0.25, 7)]
+def test_without_flags_or_data_the_built_in_sample_is_used(run_script, tmp_path):
+    result = run_script(SCRIPT)
+    assert result.returncode == 0, result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(NAMES)
+    train, val, vocab = (content.decode("ascii") for content in read_three(tmp_path))
+    assert len(train) == int(0.9 * len(train + val)) > 300_000
+    assert vocab == "".join(f"{character}\n" for character in sorted(set(train + val)))
+    assert re.fullmatch(r"[\n -~]*", vocab), "nothing but printable ASCII and line ends"
+    assert "lambda" in train and "\n\n\n" not in train[:100] and '"' in train and "'" in train
+    (notice,) = notices(result.stderr)
+    assert "sample" in notice and "openwebtext" in notice
+    assert f"{len(train):,}" in result.stdout and f"{len(val):,}" in result.stdout
+    assert f"{len(vocab) // 2} characters" in result.stdout
 
 
-@pytest.mark.parametrize("count", [1, 2, 7, 100, 20_610])
-def test_a_higher_rate_contains_what_a_lower_one_takes(count):
-    archives = [data_extract.Archive(f"{i:05d}.xz", Path(f"{i:05d}.xz"), 0, 1) for i in range(count)]
-    previous = set()
-    for rate in (1e-9, 0.001, 0.01, 0.1, 0.5, 0.99, 1):
-        sample = take_sample(archives, rate, seed=1337)
-        assert sample == sorted(sample) and previous <= set(sample)
-        assert abs(len(sample) - rate * count) <= 1
-        previous = set(sample)
-    assert sample == archives
-    assert count < 100 or take_sample(archives, 0.1, seed=1) != take_sample(archives, 0.1, seed=2)
+def test_without_flags_an_openwebtext_folder_is_used(run_main, tmp_path):
+    put(tmp_path, {"openwebtext/a.txt": b"first ", "openwebtext/b.txt": b"second"})
+    result = run_main(SCRIPT)
+    assert (result.returncode, notices(result.stderr)) == (0, [])
+    assert read_three(tmp_path) == three_files(["first ", "second"])
+
+
+@posix
+def test_a_disk_too_full_for_the_built_in_sample_is_a_sentence(run_script, earlier, limit_file_size):
+    result = run_script(SCRIPT, "-output_dir", "out", preexec_fn=lambda: limit_file_size(20_000))
+    assert_fails(result, os.strerror(errno.EFBIG))
+
+
+def test_the_summary_counts_documents_characters_megabytes_vocabulary_and_replacements(run_main, tmp_path):
+    put(tmp_path / "in", {"a.xz": xz(tar({"1.txt": "é".encode() * 6000, "2.txt": b"b\xff"})), "b.txt": "ж".encode()})
+    result = run_main(SCRIPT, "-data_dir", "in", "-output_dir", "new/out")
+    assert result.returncode == 0, result.stderr
+    assert [train_or_val.split() for train_or_val in result.stdout.splitlines()[1:3]] == [
+        ["training", "2", "6,006", "0.01"],
+        ["validation", "1", "1", "0.00"],
+    ]
+    assert re.search(r"vocabulary: 5 characters; .*: 1\n", result.stdout)
+    assert re.search(r"wrote .*output_train.txt.* in \d+\.\d s\n", result.stdout)
+    assert "fewer than" not in result.stdout
+    assert "MB of text" in result.stderr
 
 
 # Long campaigns: pytest -m soak --------------------------------------------------------------------------------------

@@ -8,17 +8,15 @@ import os
 import re
 import statistics
 import subprocess
-import sys
 import threading
 import time
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from test_data_extract import as_files, as_outer_tars, documents, processes_of, put, read_three, shards, three_files, xz
-from test_training import TINY, wait_for, write_texts
+from archives import as_files, as_outer_tars, documents, read_three, shards, three_files, xz
+from conftest import TINY, processes_of, put, wait_until_shown, write_texts
 
-import chatbot
 from model import GPTLanguageModel, Vocabulary, save_model
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="looks at processes through /proc")
@@ -43,10 +41,13 @@ def watch(run: subprocess.Popen) -> tuple[float, int]:
     return most, files
 
 
+# Many and large archives ---------------------------------------------------------------------------------------------
+
+
 def check_extraction(start_script, folder: str) -> None:
     started = time.monotonic()
     run = start_script("data_extract.py", f"-data_dir={folder}")
-    wait_for(run, "extracting:")
+    wait_until_shown(run, "extracting:")
     start_up = time.monotonic() - started
     megabytes, files = watch(run)
     print(f"{folder}: began after {start_up:.1f} s and took {time.monotonic() - started:.1f} s")
@@ -93,7 +94,7 @@ def train_on(start_script, folder: Path, size: int, *flags) -> tuple[float, floa
         sparse_text(folder / name, size)
     started = time.monotonic()
     run = start_script("training.py", *flags, cwd=folder)
-    wait_for(run, "tok/s")
+    wait_until_shown(run, "tok/s")
     seconds = time.monotonic() - started
     megabytes, _ = watch(run)
     print(f"{size:,} bytes, {' '.join(flags[-3:])}: first step after {seconds:.1f} s, {megabytes:.0f} MB")
@@ -144,18 +145,12 @@ class Clock(io.StringIO):
     ("count", "shape"),
     [(1_500, (32, 2, 1, 16)), pytest.param(10_000, (384, 4, 4, 128), marks=pytest.mark.soak)],
 )
-def test_every_token_of_a_long_chat_takes_the_same_time_and_memory(tmp_path, monkeypatch, count, shape):
+def test_every_token_of_a_long_chat_takes_the_same_time_and_memory(tmp_path, run_main, count, shape):
     vocabulary = Vocabulary("\n abcdefghijklmnopqrstuvwxyz")
     save_model(tmp_path / "model-01.pkl", GPTLanguageModel(len(vocabulary), *shape), vocabulary)
     clock, part = Clock(), count // 5
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
-    monkeypatch.setattr(sys, "stdout", clock)
-    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BytesIO()))
     flags = ["-prompt=a", "-device=cpu", f"-max_new_tokens={count}", "-seed=1", "-dtype=float32"]
-    monkeypatch.setattr(sys, "argv", ["chatbot.py", *flags])
-    assert chatbot.main() == 0
-    monkeypatch.undo()
+    assert run_main("chatbot.py", *flags, stdout=clock).returncode == 0
     seconds = [after - before for before, after in zip(clock.times, clock.times[1:])][:count]
     first, last = (1000 * statistics.quantiles(times)[0] for times in (seconds[:part], seconds[-part:]))
     means = [1000 * statistics.fmean(times) for times in (seconds[:part], seconds[-part:])]

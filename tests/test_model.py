@@ -1,25 +1,21 @@
-"""model.py: the design's maths, generation with and without a full window, and the file a model is kept in."""
+"""model.py: the design's maths, text written as fast as by the book, and a file that runs no stranger's code."""
 
-import io
 import json
 import math
 import os
 import pickle
 import re
-import struct
 import subprocess
 import sys
-import zipfile
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from conftest import ROOT, TINY, put, write_texts
+from hostile import ABSURD, calls, hostile_files
 from reference import PlainGPT
 
-import training
 from model import (
     Dropout,
     GPTLanguageModel,
@@ -31,8 +27,10 @@ from model import (
     save_model,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SHAPE = {"vocab_size": 11, "n_embd": 24, "n_head": 3, "n_layer": 2, "block_size": 16}
+VOCABULARY = Vocabulary("abcdefghijk")
 
 
 @pytest.fixture
@@ -56,142 +54,7 @@ def random_ids(*shape):
     return torch.randint(0, SHAPE["vocab_size"], shape, generator=torch.Generator().manual_seed(2))
 
 
-# The maths
-
-
-@pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("time_steps", [1, 2, 15, 16])
-def test_logits_loss_and_gradients_equal_the_plain_implementation(model, plain, time_steps, fused, monkeypatch):
-    monkeypatch.setattr(MultiHeadAttention, "prefers_fused", lambda self, q: fused)
-    index, targets = random_ids(3, time_steps), random_ids(3, time_steps).flip(0)
-    (logits, loss), (plain_logits, plain_loss) = model(index, targets), plain(index, targets)
-    torch.testing.assert_close(logits, plain_logits, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(loss, plain_loss, atol=1e-6, rtol=1e-6)
-    loss.backward()
-    plain_loss.backward()
-    plain_gradients = {name: p.grad for name, p in plain.named_parameters()}
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, plain_gradients[name], atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (3, 16)])
-def test_logits_are_the_same_with_and_without_gradients(model, shape):
-    with torch.no_grad():  # takes the fused attention, and for a single row a multiplication of its own
-        without = model(random_ids(*shape))[0]
-    torch.testing.assert_close(without, model(random_ids(*shape))[0], atol=1e-5, rtol=1e-5)
-
-
-def test_without_targets_there_is_no_loss(model):
-    logits, loss = model(random_ids(2, 5))
-    assert logits.shape == (2, 5, SHAPE["vocab_size"]) and loss is None
-
-
-def test_a_later_token_never_changes_an_earlier_logit(model):
-    index = random_ids(1, 16)
-    before = model(index)[0]
-    for position in range(1, 16):
-        changed = index.clone()
-        changed[0, position] = (changed[0, position] + 1) % SHAPE["vocab_size"]
-        after = model(changed)[0]
-        torch.testing.assert_close(after[:, :position], before[:, :position], atol=0, rtol=0)
-        assert not torch.allclose(after[:, position:], before[:, position:])
-
-
-@pytest.mark.parametrize("fused", [True, False])
-def test_multi_head_attention_equals_its_heads_one_by_one(fused, monkeypatch):
-    monkeypatch.setattr(MultiHeadAttention, "prefers_fused", lambda self, q: fused)
-    torch.manual_seed(3)
-    attention = MultiHeadAttention(num_heads=4, head_size=8, n_embd=32, block_size=20, dropout=0.3).eval()
-    x = torch.randn(5, 20, 32)
-    one_by_one = attention.proj(torch.cat([head(x) for head in attention.heads], dim=-1))
-    torch.testing.assert_close(attention(x), one_by_one, atol=1e-5, rtol=1e-5)
-
-
-def test_head_is_a_causal_softmax_average_of_values():
-    torch.manual_seed(4)
-    head = Head(head_size=2, n_embd=3, block_size=4, dropout=0.0)
-    x = torch.randn(1, 4, 3)
-    y = head(x)
-    for t in range(4):
-        query = head.query.weight @ x[0, t]
-        scores = [(query @ (head.key.weight @ x[0, s])).item() / math.sqrt(2) for s in range(t + 1)]
-        shares = [math.exp(score) / sum(map(math.exp, scores)) for score in scores]
-        expected = sum(share * (head.value.weight @ x[0, s]) for s, share in enumerate(shares))
-        torch.testing.assert_close(y[0, t], expected, atol=1e-6, rtol=1e-5)
-
-
-def test_default_model_is_the_designs():
-    model = GPTLanguageModel(100)
-    assert model.config == {
-        "vocab_size": 100, "n_embd": 384, "n_head": 4, "n_layer": 4, "block_size": 128, "dropout": 0.2
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("vocab_size", "n_embd", "n_head", "n_layer", "block_size"), [(7, 12, 3, 1, 5), (100, 32, 4, 3, 8)]
-)
-def test_parameter_count_by_formula(vocab_size, n_embd, n_head, n_layer, block_size):
-    model = GPTLanguageModel(vocab_size, n_embd, n_head, n_layer, block_size)
-    attention = 3 * n_embd**2 + n_embd**2 + n_embd
-    feed_forward = 4 * n_embd**2 + 4 * n_embd + 4 * n_embd**2 + n_embd
-    norms = 2 * 2 * n_embd
-    ends = vocab_size * n_embd + block_size * n_embd + 2 * n_embd + n_embd * vocab_size + vocab_size
-    assert sum(p.numel() for p in model.parameters()) == n_layer * (attention + feed_forward + norms) + ends
-
-
-def test_state_dict_has_the_tutorials_names():
-    names = {"token_embedding_table.weight", "position_embedding_table.weight"}
-    names |= {f"{layer}.{part}" for layer in ("ln_f", "lm_head") for part in ("weight", "bias")}
-    for block in ("blocks.0", "blocks.1"):
-        names |= {f"{block}.sa.heads.{h}.{part}.weight" for h in range(3) for part in ("key", "query", "value")}
-        layers = ("sa.proj", "ffwd.net.0", "ffwd.net.2", "ln1", "ln2")
-        names |= {f"{block}.{layer}.{part}" for layer in layers for part in ("weight", "bias")}
-    assert set(GPTLanguageModel(**SHAPE).state_dict()) == names
-
-
-def test_initial_weights_are_small_normal_and_biases_zero():
-    torch.manual_seed(5)
-    model = GPTLanguageModel(vocab_size=200, n_embd=128)
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            assert not parameter.any(), name
-        elif ".ln" not in name and "ln_f" not in name:
-            assert parameter.std().item() == pytest.approx(0.02, rel=0.05), name
-            assert abs(parameter.mean().item()) < 0.001, name
-
-
-@pytest.mark.parametrize(
-    "move", [lambda model: model, lambda model: model.to(torch.bfloat16), lambda model: model.to("cpu")]
-)
-def test_all_heads_share_one_boolean_triangle(move):
-    model = move(GPTLanguageModel(**SHAPE))
-    trils = [module.tril for module in model.modules() if isinstance(module, Head)]
-    assert len(trils) == 6 and all(tril is trils[0] for tril in trils)
-    assert trils[0].dtype == torch.bool and trils[0].equal(torch.ones(16, 16).tril().bool())
-
-
-@pytest.mark.parametrize("shape", [(1, 0), (1, 17), (4, 100)])
-def test_too_many_or_no_time_steps_are_refused(model, shape):
-    with pytest.raises(ValueError, match="1 to 16 time steps"):
-        model(torch.zeros(shape, dtype=torch.long))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"vocab_size": 0}, "vocab_size must be at least 1"),
-        ({"block_size": -1}, "block_size must be at least 1"),
-        ({"n_embd": 25}, "must be a multiple of n_head"),
-        ({"dropout": 1.0}, "dropout must be"),
-        ({"dropout": -0.1}, "dropout must be"),
-    ],
-)
-def test_impossible_shapes_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        GPTLanguageModel(**{**SHAPE, **arguments})
-
-
-# Dropout
+# Dropout -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("p", [0.1, 0.2, 0.5, 0.9, 0.999])
@@ -231,7 +94,142 @@ def test_dropout_on_attention_weights_drops_whole_weights_at_the_right_scale():
     assert not weights.triu(1).any()
 
 
-# Generation
+# Attention -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_head_is_a_causal_softmax_average_of_values():
+    torch.manual_seed(4)
+    head = Head(head_size=2, n_embd=3, block_size=4, dropout=0.0)
+    x = torch.randn(1, 4, 3)
+    y = head(x)
+    for t in range(4):
+        query = head.query.weight @ x[0, t]
+        scores = [(query @ (head.key.weight @ x[0, s])).item() / math.sqrt(2) for s in range(t + 1)]
+        shares = [math.exp(score) / sum(map(math.exp, scores)) for score in scores]
+        expected = sum(share * (head.value.weight @ x[0, s]) for s, share in enumerate(shares))
+        torch.testing.assert_close(y[0, t], expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_multi_head_attention_equals_its_heads_one_by_one(fused, monkeypatch):
+    monkeypatch.setattr(MultiHeadAttention, "prefers_fused", lambda self, q: fused)
+    torch.manual_seed(3)
+    attention = MultiHeadAttention(num_heads=4, head_size=8, n_embd=32, block_size=20, dropout=0.3).eval()
+    x = torch.randn(5, 20, 32)
+    one_by_one = attention.proj(torch.cat([head(x) for head in attention.heads], dim=-1))
+    torch.testing.assert_close(attention(x), one_by_one, atol=1e-5, rtol=1e-5)
+
+
+# The model -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_default_model_is_the_designs():
+    model = GPTLanguageModel(100)
+    assert model.config == {
+        "vocab_size": 100, "n_embd": 384, "n_head": 4, "n_layer": 4, "block_size": 128, "dropout": 0.2
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "n_embd", "n_head", "n_layer", "block_size"), [(7, 12, 3, 1, 5), (100, 32, 4, 3, 8)]
+)
+def test_the_number_of_weights_is_the_formulas(vocab_size, n_embd, n_head, n_layer, block_size):
+    model = GPTLanguageModel(vocab_size, n_embd, n_head, n_layer, block_size)
+    attention = 3 * n_embd**2 + n_embd**2 + n_embd
+    feed_forward = 4 * n_embd**2 + 4 * n_embd + 4 * n_embd**2 + n_embd
+    norms = 2 * 2 * n_embd
+    ends = vocab_size * n_embd + block_size * n_embd + 2 * n_embd + n_embd * vocab_size + vocab_size
+    assert sum(p.numel() for p in model.parameters()) == n_layer * (attention + feed_forward + norms) + ends
+
+
+def test_weights_have_the_tutorials_names():
+    names = {"token_embedding_table.weight", "position_embedding_table.weight"}
+    names |= {f"{layer}.{part}" for layer in ("ln_f", "lm_head") for part in ("weight", "bias")}
+    for block in ("blocks.0", "blocks.1"):
+        names |= {f"{block}.sa.heads.{h}.{part}.weight" for h in range(3) for part in ("key", "query", "value")}
+        layers = ("sa.proj", "ffwd.net.0", "ffwd.net.2", "ln1", "ln2")
+        names |= {f"{block}.{layer}.{part}" for layer in layers for part in ("weight", "bias")}
+    assert set(GPTLanguageModel(**SHAPE).state_dict()) == names
+
+
+def test_initial_weights_are_small_normal_and_biases_zero():
+    torch.manual_seed(5)
+    model = GPTLanguageModel(vocab_size=200, n_embd=128)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert not parameter.any(), name
+        elif ".ln" not in name and "ln_f" not in name:
+            assert parameter.std().item() == pytest.approx(0.02, rel=0.05), name
+            assert abs(parameter.mean().item()) < 0.001, name
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_all_heads_share_one_triangle_also_on_another_device(device):
+    assert len(list(GPTLanguageModel(**SHAPE).to(device).buffers())) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"vocab_size": 0}, "vocab_size must be at least 1"),
+        ({"block_size": -1}, "block_size must be at least 1"),
+        ({"n_embd": 25}, "must be a multiple of n_head"),
+        ({"dropout": 1.0}, "dropout must be"),
+        ({"dropout": -0.1}, "dropout must be"),
+    ],
+)
+def test_impossible_shapes_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        GPTLanguageModel(**{**SHAPE, **arguments})
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("time_steps", [1, 2, 15, 16])
+def test_logits_loss_and_gradients_equal_the_plain_implementation(model, plain, time_steps, fused, monkeypatch):
+    monkeypatch.setattr(MultiHeadAttention, "prefers_fused", lambda self, q: fused)
+    index, targets = random_ids(3, time_steps), random_ids(3, time_steps).flip(0)
+    (logits, loss), (plain_logits, plain_loss) = model(index, targets), plain(index, targets)
+    torch.testing.assert_close(logits, plain_logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(loss, plain_loss, atol=1e-6, rtol=1e-6)
+    loss.backward()
+    plain_loss.backward()
+    plain_gradients = {name: p.grad for name, p in plain.named_parameters()}
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, plain_gradients[name], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (3, 16)])
+def test_logits_are_the_same_with_and_without_gradients(model, shape, threads):
+    torch.set_num_threads(threads)  # by which a multiplication by a single row is cut, where that goes
+    with torch.no_grad():
+        without = model(random_ids(*shape))[0]
+    torch.testing.assert_close(without, model(random_ids(*shape))[0], atol=1e-5, rtol=1e-5)
+
+
+def test_without_targets_there_is_no_loss(model):
+    logits, loss = model(random_ids(2, 5))
+    assert logits.shape == (2, 5, SHAPE["vocab_size"]) and loss is None
+
+
+def test_a_later_token_never_changes_an_earlier_logit(model):
+    index = random_ids(1, 16)
+    before = model(index)[0]
+    for position in range(1, 16):
+        changed = index.clone()
+        changed[0, position] = (changed[0, position] + 1) % SHAPE["vocab_size"]
+        after = model(changed)[0]
+        torch.testing.assert_close(after[:, :position], before[:, :position], atol=0, rtol=0)
+        assert not torch.allclose(after[:, position:], before[:, position:])
+
+
+@pytest.mark.parametrize("shape", [(1, 0), (1, 17), (4, 100)])
+def test_too_many_or_no_time_steps_are_refused(model, shape):
+    with pytest.raises(ValueError, match="1 to 16 time steps"):
+        model(torch.zeros(shape, dtype=torch.long))
+
+
+# Generation ----------------------------------------------------------------------------------------------------------
 
 
 def test_greedy_text_equals_the_uncached_model_until_the_window_is_full(model, plain):
@@ -273,6 +271,18 @@ def test_cached_logits_equal_the_whole_models(model, lengths, gradients, whole):
     torch.testing.assert_close(torch.cat(parts, dim=1), model(index)[0], atol=1e-5, rtol=1e-5)
 
 
+def test_beyond_the_window_the_model_sees_at_least_half_of_it(model):
+    prompt = random_ids(1, 40)
+    text = model.generate(prompt, 30, temperature=0)
+    assert text.shape == (1, 70) and text[:, :40].equal(prompt)
+    seen = 16  # a prompt is cropped to the window; a full window is started anew from its second half
+    for position in range(40, 70):
+        seen = seen if seen <= 16 else 8
+        expected = model(text[:, position - seen : position])[0][:, -1].argmax()
+        assert text[0, position] == expected, position
+        seen += 1
+
+
 @pytest.fixture
 def compiler():
     """What torch has compiled, and how it is to use it, is forgotten before and after."""
@@ -292,18 +302,6 @@ def test_the_work_for_a_token_is_one_graph_that_fits_every_token(model, compiler
     model.generate(prompt[:, :1], 2, caches=caches)
     compiler.set_stance("fail_on_recompile")
     assert model.generate(prompt, 40, temperature=0, caches=caches).equal(expected)
-
-
-def test_beyond_the_window_the_model_sees_at_least_half_of_it(model):
-    prompt = random_ids(1, 40)
-    text = model.generate(prompt, 30, temperature=0)
-    assert text.shape == (1, 70) and text[:, :40].equal(prompt)
-    seen = 16  # a prompt is cropped to the window; a full window is started anew from its second half
-    for position in range(40, 70):
-        seen = seen if seen <= 16 else 8
-        expected = model(text[:, position - seen : position])[0][:, -1].argmax()
-        assert text[0, position] == expected, position
-        seen += 1
 
 
 def test_stream_yields_what_generate_returns_and_repeats_with_the_generator(model):
@@ -387,10 +385,10 @@ def test_generation_refuses_bad_ids_and_options(model, index, options):
         model.generate(index, 1, **options)
 
 
-# Vocabulary and file
+# The vocabulary ------------------------------------------------------------------------------------------------------
 
 
-def test_vocabulary_round_trip(tmp_path):
+def test_a_vocabulary_reads_its_file_and_turns_text_into_ids_and_back(tmp_path):
     characters = "\n\t aé“中🙂"
     path = tmp_path / "vocab.txt"
     path.write_text("".join(f"{c}\n" for c in sorted(characters)), encoding="utf-8", newline="\n")
@@ -402,30 +400,52 @@ def test_vocabulary_round_trip(tmp_path):
         vocabulary.encode("ab")
 
 
+@pytest.mark.parametrize("newline", ["\n", "\r\n"], ids=["Linux", "Windows"])
+@pytest.mark.parametrize("characters", ["\n\rab", "\nab", "\n\r"])
+def test_our_vocabulary_survives_a_change_of_line_ends(tmp_path, characters, newline):
+    path = tmp_path / "vocab.txt"
+    path.write_text("".join(f"{c}\n" for c in characters), encoding="utf-8", newline=newline)
+    assert Vocabulary.from_file(path).characters == characters
+
+
+# The file ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(model, tmp_path):
+    """A file of the model."""
+    save_model(tmp_path / "model.pkl", model, VOCABULARY)
+    return tmp_path / "model.pkl"
+
+
 def test_a_saved_model_comes_back_whole_and_in_eval_mode(model, tmp_path):
-    vocabulary = Vocabulary("abcdefghijk")
-    path = tmp_path / "model.pkl"
-    save_model(path, model.train(), vocabulary)
-    loaded, loaded_vocabulary = load_model(path)
+    save_model(tmp_path / "model.pkl", model.train(), VOCABULARY)
+    loaded, vocabulary = load_model(tmp_path / "model.pkl")
     assert not loaded.training
-    assert loaded.config == model.config and loaded_vocabulary.characters == "abcdefghijk"
+    assert loaded.config == model.config and vocabulary.characters == VOCABULARY.characters
     index = random_ids(2, 16)
     assert loaded(index)[0].equal(model.eval()(index)[0])
     assert [file.name for file in tmp_path.iterdir()] == ["model.pkl"]
 
 
-def test_a_model_can_be_trained_on_after_loading(model, tmp_path):
-    save_model(tmp_path / "model.pkl", model, Vocabulary("abcdefghijk"))
-    loaded, _ = load_model(tmp_path / "model.pkl")
+def test_a_model_can_be_trained_on_after_loading(saved):
+    loaded, _ = load_model(saved)
     loaded(random_ids(1, 4), random_ids(1, 4))[1].backward()
     assert all(p.grad is not None for p in loaded.parameters())
 
 
-def test_the_file_holds_only_data_and_tensors(model, tmp_path):
-    save_model(tmp_path / "model.pkl", model, Vocabulary("abcdefghijk"))
-    content = torch.load(tmp_path / "model.pkl", weights_only=True)
+def test_the_file_holds_only_data_and_tensors(model, saved):
+    content = torch.load(saved, weights_only=True)
     assert set(content) == {"config", "vocabulary", "weights"}
     assert set(content["weights"]) == set(model.state_dict())
+
+
+def test_a_failed_save_leaves_the_former_file(model, saved, monkeypatch):
+    before = saved.read_bytes()
+    monkeypatch.setattr(torch, "save", lambda content, file: file.write(b"half") and 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        save_model(saved, model, VOCABULARY)
+    assert saved.read_bytes() == before and len(list(saved.parent.iterdir())) == 1
 
 
 @pytest.mark.parametrize(
@@ -483,20 +503,12 @@ SPOILT = [
 
 
 @pytest.mark.parametrize(("spoil", "message"), SPOILT)
-def test_parts_that_do_not_make_a_model_are_refused(model, tmp_path, spoil, message):
-    path = tmp_path / "model.pkl"
-    save_model(path, model, Vocabulary("abcdefghijk"))
-    content = torch.load(path, weights_only=True)
+def test_parts_that_do_not_make_a_model_are_refused(saved, spoil, message):
+    content = torch.load(saved, weights_only=True)
     spoil(content)
-    torch.save(content, path)
-    with pytest.raises(ModelFileError, match=f"^{re.escape(str(path))}: [^\n]*{message}[^\n]*$"):
-        load_model(path)
-
-
-def test_a_model_cut_short_is_refused(model, tmp_path):
-    whole = tmp_path / "model.pkl"
-    save_model(whole, model, Vocabulary("abcdefghijk"))
-    assert_cuts_are_refused(whole, step=1999)
+    torch.save(content, saved)
+    with pytest.raises(ModelFileError, match=f"^{re.escape(str(saved))}: [^\n]*{message}[^\n]*$"):
+        load_model(saved)
 
 
 def assert_cuts_are_refused(path: Path, step: int) -> int:
@@ -510,17 +522,11 @@ def assert_cuts_are_refused(path: Path, step: int) -> int:
     return len(ends)
 
 
-def test_a_failed_save_leaves_the_former_file(model, tmp_path, monkeypatch):
-    path = tmp_path / "model.pkl"
-    save_model(path, model, Vocabulary("abcdefghijk"))
-    before = path.read_bytes()
-    monkeypatch.setattr(torch, "save", lambda content, file: file.write(b"half") and 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        save_model(path, model, Vocabulary("abcdefghijk"))
-    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+def test_a_model_cut_short_is_refused(saved):
+    assert_cuts_are_refused(saved, step=1999)
 
 
-# The tutorial's own files
+# The tutorial's own files --------------------------------------------------------------------------------------------
 
 
 def run_python(*arguments, cwd: Path, timeout: float = 300) -> str:
@@ -579,34 +585,24 @@ def test_the_tutorials_vocabulary_is_what_it_read_itself(theirs, tmp_path, newli
     assert list(vocabulary.characters) == characters == list("\n abcdefghi")
 
 
-@pytest.mark.parametrize("newline", ["\n", "\r\n"], ids=["Linux", "Windows"])
-@pytest.mark.parametrize("characters", ["\n\rab", "\nab", "\n\r"])
-def test_our_vocabulary_survives_a_change_of_line_ends(tmp_path, characters, newline):
-    path = tmp_path / "vocab.txt"
-    path.write_text("".join(f"{c}\n" for c in characters), encoding="utf-8", newline=newline)
-    assert Vocabulary.from_file(path).characters == characters
-
-
-def test_the_chatbot_talks_with_the_tutorials_model(theirs, run_script):
+def test_the_chatbot_talks_with_the_tutorials_model(theirs, run_main):
     flags = ["-model", theirs / "protocol-4.pkl", "-prompt", "abc", "-max_new_tokens", 4, "-dtype", "float32"]
-    done = run_script("chatbot.py", *flags, "-vocab", theirs / "vocab.txt")
+    done = run_main("chatbot.py", *flags, "-vocab", theirs / "vocab.txt")
     assert done.returncode == 0 and done.stdout.startswith("Completion:\nabc")
 
 
-def test_training_starts_from_the_tutorials_model(theirs, run_script, tmp_path):
-    for name in ("output_train.txt", "output_val.txt"):
-        (tmp_path / name).write_text("abc def ghi\n" * 30, encoding="utf-8", newline="\n")
-    (tmp_path / "vocab.txt").write_bytes((theirs / "vocab.txt").read_bytes())
+def test_training_starts_from_the_tutorials_model(theirs, run_main, tmp_path):
+    write_texts(tmp_path, "abc def ghi\n" * 30)
     flags = ["-batch_size", 2, "-max_iters", 1, "-learning_rate", 1e-9, "-compile", "off", "-dtype", "float32"]
     flags += ["-init_from", theirs / "protocol-4.pkl", "-vocab", theirs / "vocab.txt"]
-    done = run_script("training.py", *flags)
+    done = run_main("training.py", *flags)
     assert done.returncode == 0, done.stderr
     model, _ = load_model(tmp_path / "model-01.pkl")
     index, logits = torch.load(theirs / "logits.pt", map_location="cpu")
     torch.testing.assert_close(model(index)[0], logits["protocol-4.pkl"], atol=1e-5, rtol=0)
 
 
-# Hostile and damaged files, read in a process of their own
+# Hostile and damaged files, read in a process of their own -----------------------------------------------------------
 
 
 def read_apart(folder: Path, *numbers: int, timeout: float = 300) -> list[tuple[str, str, float]]:
@@ -615,192 +611,11 @@ def read_apart(folder: Path, *numbers: int, timeout: float = 300) -> list[tuple[
     return [tuple(json.loads(line)) for line in lines]
 
 
-class Call:
-    """Pickled, it is a call that is made when the pickle is read."""
-
-    def __init__(self, function, *arguments):
-        self.called = (function, arguments)
-
-    def __reduce__(self):
-        return self.called
-
-
-def calls(folder: Path) -> dict[str, Call]:
-    """Calls that leave a file `ran` in the folder."""
-    code = f"open({str(folder / 'ran')!r}, 'w').close()"
-    (folder / "hubconf.py").write_text(f"def make():\n    {code}\n", encoding="utf-8")
-    legacy = io.BytesIO()
-    torch.save(Call(exec, code), legacy, _use_new_zipfile_serialization=False)
-    np.save(folder / "objects.npy", np.array([Call(exec, code)], dtype=object), allow_pickle=True)
-    script = [sys.executable, "-c", code]
-    return {
-        "os.system": Call(os.system, subprocess.list2cmdline(script)),
-        "eval": Call(eval, code),
-        "exec": Call(exec, code),
-        "getattr": Call(map, Call(getattr, folder / "ran", "touch"), [0o600]),
-        "Popen": Call(subprocess.Popen, script),
-        "_load_from_bytes": Call(torch.storage._load_from_bytes, legacy.getvalue()),
-        "torch.hub.load": Call(partial(torch.hub.load, source="local"), str(folder), "make"),
-        "numpy.load": Call(np.load, str(folder / "objects.npy"), None, True),
-    }
-
-
-@dataclass
-class Stored:
-    """Stands for a storage in a pickle of `torch.save`."""
-
-    kind: type = torch.FloatStorage
-    key: object = "0"
-    count: object = 16
-
-
-class ArchivePickler(pickle.Pickler):
-    def persistent_id(self, item):
-        return ("storage", item.kind, item.key, "cpu", item.count) if isinstance(item, Stored) else None
-
-
-def as_pickle(content, protocol: int = 2) -> bytes:
-    file = io.BytesIO()
-    ArchivePickler(file, protocol).dump(content)
-    return file.getvalue()
-
-
-def as_archive(pickled: bytes, *members: tuple[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
-    """What torch.save makes of a pickle; storage 0 has 16 float32."""
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", compression) as archive:
-        for name, content in (("m/data.pkl", pickled), ("m/data/0", bytes(64)), *members):
-            archive.writestr(name, content)
-    return file.getvalue()
-
-
-def as_storage(pickled: bytes) -> bytes:
-    """A storage that holds this pickle where its type and size should be."""
-    inner = b"".join(as_pickle(part) for part in (0x1950A86A20F9469CFC6C, 1001, {}))
-    return as_pickle(Call(torch.storage._load_from_bytes, inner + pickled), 4)
-
-
-def tensor(size=(16,), stride=(1,), start=0, storage=Stored()) -> Call:  # noqa: B008
-    return Call(torch._utils._rebuild_tensor_v2, storage, start, size, stride, False, {})
-
-
-def one_weight(*arguments, **options) -> bytes:
-    return as_archive(as_pickle({"lm_head.bias": tensor(*arguments, **options)}))
-
-
-def text(characters: str) -> bytes:
-    data = characters.encode()
-    return b"X" + struct.pack("<I", len(data)) + data
-
-
-def module(parameters: bytes = b"}", modules: bytes = b"}") -> bytes:
-    """The instructions that make a module of these."""
-    return HEAD + b"}(" + text("_parameters") + parameters + text("_modules") + modules + b"ub"
-
-
-def storage(described: object, count: int, numbers: bytes) -> bytes:
-    return as_storage(as_pickle(described) + as_pickle(["0"]) + struct.pack("<q", count) + numbers)
-
-
-HEAD = b"c__main__\nHead\n)\x81"
-DEEP = b")" + b"\x85" * 60000  # nested tuples, on which hash() crashes
-WIDE = b")q\x00" + b"".join(b"(h%ch%ctq%c" % (i, i, i + 1) for i in range(200))  # 2^200 items
-LAYER, LAYER_END = module(modules=b"}" + text("a") + b"|s").split(b"|")
-MANY_WEIGHTS = b"}(" + b"".join(text(str(i)) + b"K\x01" for i in range(20000)) + b"u"
-SAME_HASH = [i * (2**61 - 1) for i in range(1, 30000)]
-FLAT = tensor((4, 4), (4, 1))
-LAYERS_AND_HEADS = [f"blocks.{i}.a" for i in range(10**4)] + [f"blocks.0.sa.heads.{i}.a" for i in range(10**4)]
-EMBEDDINGS = ["token_embedding_table.weight", "position_embedding_table.weight"]
-
-ABSURD = {
-    "nothing to take": b"\x80\x02\x86.",
-    "no mark": b"\x80\x02t.",
-    "a mark that is gone": b"\x80\x02]K\x01(0000e.",
-    "no end": b"\x80\x02}",
-    "nothing remembered": b"\x80\x02h\x05.",
-    "an unknown instruction": b"\x80\x02\xff.",
-    "a list in itself": b"\x80\x02]q\x00h\x00a.",
-    "a module in itself": b"\x80\x02" + HEAD + b"q\x00}" + text("_modules") + b"}" + text("a") + b"h\x00ssb.",
-    "wide": b"\x80\x02" + WIDE + b".",
-    "wide as a key": b"\x80\x02}" + WIDE + b"K\x01s.",
-    "wide by doubling": b"\x80\x02)" + b"2\x86" * 200 + b".",
-    "deep as a key": b"\x80\x02}" + DEEP + b"K\x01s.",
-    "deep in a set": b"\x80\x02c__builtin__\nset\n]" + DEEP + b"a\x85R.",
-    "deep as a name": b"\x80\x04" + DEEP + text("a") + b"\x93.",
-    "deep as an attribute": b"\x80\x02" + HEAD + b"]" + DEEP + b"K\x01\x86ab.",
-    "deep as a storage's key": as_archive(b"\x80\x02(" + text("storage") + b"N" + DEEP + b"NK\x10tQ."),
-    "deep as a vocabulary": as_archive(b"\x80\x02}(" + text("weights") + b"}" + text("vocabulary") + DEEP + b"u."),
-    "deep lists": b"\x80\x02" + b"]" * 30000 + b"a" * 29999 + b".",
-    "deep modules": b"\x80\x02" + LAYER * 5000 + b"N" + LAYER_END * 5000 + b".",
-    "a long name before many": b"\x80\x02"
-    + module(modules=b"}" + text("a" * 10**5) + module(MANY_WEIGHTS) + b"s")
-    + b".",
-    "a long text many times": text("a" * 10**5) + b"q\x00(" + b"c_codecs\nencode\nh\x00N\x86R" * 10**5 + b"l.",
-    "a list as a key": b"\x80\x02}]K\x01s.",
-    "a set of lists": b"\x80\x04\x8f(]]\x90.",
-    "keys of the same hash": b"}(" + b"".join(b"L%dL\nN" % i for i in SAME_HASH) + b"u.",
-    "places of the same hash": b"]" + b"".join(b"p%d\n" % i for i in SAME_HASH) + b".",
-    "a far place": b"\x80\x02]r\xff\xff\xff\x7f.",
-    "a text of 2^60": b"\x80\x04\x8d" + struct.pack("<Q", 2**60) + b"a.",
-    "bytes of 2^40": b"\x80\x04\x8e" + struct.pack("<Q", 2**40) + b"a.",
-    "bytes of 2^63": b"\x80\x04\x8e" + struct.pack("<Q", 2**63) + b"a.",
-    "a number of 2^31 bytes": b"\x80\x02\x8b\xff\xff\xff\x7f\x01.",
-    "a number of -1 bytes": b"\x80\x02\x8b\xff\xff\xff\xff\x01.",
-    "a number of 10^6 digits": b"L" + b"9" * 10**6 + b"L\n.",
-    "a number of 10^6 bytes": as_pickle({"weights": {}, "config": {"n_embd": 2 ** (8 * 10**6)}}),
-    "layers times heads": as_archive(as_pickle(dict.fromkeys(EMBEDDINGS + LAYERS_AND_HEADS, FLAT))),
-    "attributes without names": b"\x80\x02" + HEAD + b"]b.",
-    "a module for a weight": b"\x80\x02}" + text("a") + module() + b"s.",
-    "a start beyond the storage": one_weight(start=1),
-    "a negative start": one_weight(start=-1),
-    "a start of 2^70": one_weight(start=2**70),
-    "a size beyond the storage": one_weight((17,)),
-    "a stride beyond the storage": one_weight((2,), (16,)),
-    "a size of 2^40": one_weight((2**40,), (0,)),
-    "a size of 2^64": one_weight((2**32, 2**32), (0, 0)),
-    "a size of 2^80": one_weight((2**40, 2**40), (0, 0)),
-    "a negative size": one_weight((-1,)),
-    "another order": one_weight((4, 4), (1, 4)),
-    "a size of text": one_weight(("1",)),
-    "a negative stride": one_weight((2,), (-1,), 2),
-    "a stride of 2^62": one_weight((2,), (2**62,)),
-    "a storage of more numbers": one_weight(storage=Stored(count=17)),
-    "a storage of a wider type": one_weight(storage=Stored(torch.DoubleStorage)),
-    "a storage that is missing": one_weight(storage=Stored(key="1")),
-    "a storage outside": one_weight(storage=Stored(key="../data.pkl")),
-    "a storage without a key": one_weight(storage=Stored(key=0)),
-    "no storage": one_weight(storage=None),
-    "an inner storage cut short": storage(Stored(), 2, bytes(4)),
-    "an inner storage of 2^62": storage(Stored(), 2**62, bytes(4)),
-    "an inner storage of nothing": storage(None, 1, bytes(4)),
-    "compressed": as_archive(b"}.", compression=zipfile.ZIP_DEFLATED),
-    "a bomb": as_archive(b"}.", ("m/data/1", bytes(10**8)), compression=zipfile.ZIP_DEFLATED),
-    "two pickles": as_archive(b"}.", ("n/data.pkl", b"}.")),
-    "a name twice": as_archive(b"}.", ("m/data/1", b"more")).replace(b"m/data/1", b"m/data/0"),
-    "a name outside": as_archive(b"}.", ("../outside.txt", b"x")),
-    "an empty pickle": as_archive(b""),
-}
-
-
-def deep_storages() -> bytes:
-    pickled = as_pickle(None)
-    for _ in range(2000):
-        pickled = as_storage(pickled)
-    return pickled
-
-
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory):
     """What came of each hostile file, by its name, and the folder where all of them were read."""
     folder = tmp_path_factory.mktemp("hostile")
-    files = dict(ABSURD, **{"deep storages": deep_storages()})
-    for name, call in calls(folder).items():
-        files |= {f"{name} {protocol}": pickle.dumps(call, protocol) for protocol in range(6)}
-        files[f"{name} in a dict"] = pickle.dumps({"weights": {"lm_head.bias": call}})
-        files[f"{name} in an archive"] = as_archive(as_pickle({"weights": {}, "vocabulary": call}))
-        files[f"{name} in a storage"] = as_storage(pickle.dumps(call, 2))
-    for name, content in files.items():
-        (folder / f"{name}.pkl").write_bytes(content)
+    put(folder, {f"{name}.pkl": content for name, content in hostile_files(folder).items()})
     many_heads = GPTLanguageModel(vocab_size=1, n_embd=64, n_head=64, n_layer=1, block_size=2**13)
     save_model(folder / "many heads.pkl", many_heads, Vocabulary("a"))
     return {name: rest for name, *rest in read_apart(folder)}, folder
@@ -834,18 +649,14 @@ def test_calls_in_files_are_refused_and_not_made(hostile, tmp_path):
 
 
 @pytest.fixture
-def sources(theirs, tmp_path):
+def sources(theirs, tmp_path, run_main):
     """A folder with files of every kind that the scripts read, to be mutated."""
-    for name in ("protocol-0.pkl", "protocol-2.pkl", "protocol-4.pkl", "saved.pkl", "state_dict.pkl", "vocab.txt"):
-        (tmp_path / name).write_bytes((theirs / name).read_bytes())
-    for name in ("output_train.txt", "output_val.txt"):
-        (tmp_path / name).write_text("abc def ghi\n" * 30, encoding="utf-8", newline="\n")
-    flags = ["-device", "cpu", "-batch_size", 4, "-block_size", 8, "-n_embd", 4, "-n_head", 2, "-n_layer", 1]
+    names = ("protocol-0.pkl", "protocol-2.pkl", "protocol-4.pkl", "saved.pkl", "state_dict.pkl", "vocab.txt")
+    write_texts(tmp_path, "abc def ghi\n" * 30)
+    put(tmp_path, {name: (theirs / name).read_bytes() for name in names})
     for optimizer in ("adamw", "muon"):
-        files = ["-data_dir", tmp_path, "-model", tmp_path / f"{optimizer}.pkl"]
-        args = training.parse_args([*map(str, [*flags, *files, "-max_iters", 2, "-optimizer", optimizer])])
-        with training.Interruption() as interruption:
-            assert training.run(args, interruption) == 0
+        flags = ["-n_embd=4", "-max_iters=2", f"-optimizer={optimizer}", f"-model={optimizer}.pkl"]
+        assert run_main("training.py", *TINY, *flags, f"-data_dir={tmp_path}").returncode == 0
     return tmp_path
 
 
@@ -860,6 +671,9 @@ def assert_fuzzed(outcomes: list[tuple[str, str, float]], count: int) -> int:
 
 def test_mutated_files_load_or_are_refused(sources):
     assert 0 < assert_fuzzed(read_apart(sources, 0, 150), 150) < 100
+
+
+# Long campaigns: pytest -m soak --------------------------------------------------------------------------------------
 
 
 @pytest.mark.soak

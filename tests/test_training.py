@@ -1,6 +1,5 @@
-"""training.py: rows drawn from memory-mapped text, the recipe, and runs as a person starts and stops them."""
+"""training.py: rows drawn from any text, a recipe that learns, and runs that can be stopped, resumed and trusted."""
 
-import csv
 import math
 import os
 import random
@@ -9,7 +8,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -17,29 +15,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import TINY, assert_fails, metrics, put, signals, wait_until_shown, write_texts
 
 import training
-from model import GPTLanguageModel, ModelFileError, Vocabulary, load_model, read_model_file, save_model
+from model import GPTLanguageModel, Vocabulary, load_model, read_model_file, save_model
 
-SCRIPTS = "Plain text, Привет мир, γειά, 中文字符, नमस्ते, שלום, “quoted” – é🙂🚀\n"
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+MIXED = "Plain text, Привет мир, γειά, 中文字符, नमस्ते, שלום, “quoted” – é🙂🚀\n"
 CPU = torch.device("cpu")
 ADDMM = torch.addmm
-TINY = ["-batch_size=4", "-block_size=8", "-n_embd=16", "-n_head=2", "-n_layer=1", "-eval_iters=2", "-device=cpu"]
+SAME = ["-max_iters", 50, "-eval_interval", 5, "-dropout", 0, "-learning_rate", 0.01, "-dtype", "float32"]
 
 
-def write_texts(folder: Path, train: str, val: str | None = None, vocabulary: str | None = None) -> Path:
-    val = val or train
-    for name, text in (("output_train.txt", train), ("output_val.txt", val)):
-        (folder / name).write_text(text, encoding="utf-8", newline="\n")
-    characters = sorted(set(vocabulary or train + val))
-    (folder / "vocab.txt").write_text("".join(f"{c}\n" for c in characters), encoding="utf-8", newline="\n")
-    return folder
-
-
-@pytest.fixture
-def texts(tmp_path):
-    """A folder with texts long enough for the TINY shape."""
-    return write_texts(tmp_path, "the cat sat on the mat\n" * 200, "the mat sat on the cat\n" * 20)
+def args(*flags):
+    return training.parse_args([*TINY, *map(str, flags)])
 
 
 def open_text(folder: Path, block_size: int) -> training.Text:
@@ -47,13 +37,41 @@ def open_text(folder: Path, block_size: int) -> training.Text:
     return training.Text(folder / "output_train.txt", vocabulary, block_size)
 
 
-# Rows of text
-
-
 def shuffled_text(count: int) -> str:
-    characters = list(SCRIPTS * count)
+    characters = list(MIXED * count)
     random.Random(1).shuffle(characters)
     return "".join(characters)
+
+
+@pytest.fixture
+def train(texts, run_main):
+    """`train("-max_iters", 3)` runs training.py on the texts, in the TINY shape, to its end, which is to be a good one.
+
+    `train("-resume")` goes on with what it has saved. Another `status` is the one that it is to end with.
+    """
+
+    def run(*flags, status: int = 0):
+        done = run_main("training.py", *(["-device=cpu"] if "-resume" in flags else TINY), *flags)
+        assert done.returncode == status, done.stderr
+        return done
+
+    return run
+
+
+def weights(folder: Path) -> torch.Tensor:
+    return load_model(folder / "model-01.pkl")[0].lm_head.weight
+
+
+def losses(folder: Path, name: str = "model-01") -> list[float]:
+    return [float(row[column]) for row in metrics(folder, name) for column in ("train_loss", "val_loss")]
+
+
+def evaluations(output: str) -> list[tuple[int, float, bool]]:
+    found = re.findall(r"^step (\d+): train loss [\d.]+, val loss ([\d.]+)(, saved)?", output, re.MULTILINE)
+    return [(int(step), float(loss), bool(saved)) for step, loss, saved in found]
+
+
+# Rows of text --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("block_size", [1, 7, 64])
@@ -98,17 +116,17 @@ def test_targets_are_the_characters_after_the_inputs(texts):
         assert vocabulary.decode(inputs + targets[-1:]) in content
 
 
-@pytest.mark.parametrize("content", ["", "a", "12345678", "🙂" * 8])
-def test_a_text_shorter_than_a_row_is_refused_at_the_start(tmp_path, content):
-    write_texts(tmp_path, content, "long enough to validate with", vocabulary="12345678a🙂")
-    with pytest.raises(training.TrainingError, match=f"output_train.txt: holds {len(content)} characters"):
-        open_text(tmp_path, 8)
-
-
 def test_a_text_of_exactly_one_row_is_enough(tmp_path):
     text = open_text(write_texts(tmp_path, "日本語テキスト!é"), 8)
     assert text.draw_offsets(5, [0]).tolist() == [0] * 5
     assert text.rows(np.array([0])).shape == (1, 9)
+
+
+@pytest.mark.parametrize("content", ["", "a", "12345678", "🙂" * 8])
+def test_a_text_shorter_than_a_row_is_refused_at_the_start(tmp_path, content):
+    write_texts(tmp_path, content, vocabulary="12345678a🙂")
+    with pytest.raises(training.TrainingError, match=f"output_train.txt: holds {len(content)} characters"):
+        open_text(tmp_path, 8)
 
 
 def test_an_unknown_character_is_named_with_its_place(tmp_path):
@@ -118,7 +136,7 @@ def test_an_unknown_character_is_named_with_its_place(tmp_path):
 
 
 @pytest.mark.parametrize(("data", "place"), [(b"good" + b"\xff" + b"text" * 9, 4), (b"abcd" * 5 + b"\xe2\x82", None)])
-def test_text_that_is_not_utf8_is_named(tmp_path, data, place):
+def test_text_that_is_not_utf_8_is_named_with_its_place(tmp_path, data, place):
     write_texts(tmp_path, "abcdefghijklmnopqrstuvwxyz")
     (tmp_path / "output_train.txt").write_bytes(data)
     text = open_text(tmp_path, 8)
@@ -126,60 +144,7 @@ def test_text_that_is_not_utf8_is_named(tmp_path, data, place):
         text.rows(np.arange(text.last_start + 1))
 
 
-# Evaluating
-
-
-def args(*flags):
-    return training.parse_args([*TINY, *map(str, flags)])
-
-
-@pytest.mark.parametrize("block_size", [1, 2, 7, 64])
-def test_windows_predict_every_character_but_the_first_once(tmp_path, monkeypatch, block_size):
-    monkeypatch.setattr(training, "CHUNK", 10)  # so that chunks end inside windows and inside characters
-    vocabulary = Vocabulary(SCRIPTS)
-    for length in range(block_size + 1, block_size + 70):
-        content = shuffled_text(2)[:length]
-        text = open_text(write_texts(tmp_path, content, vocabulary=SCRIPTS), block_size)
-        batches, whole = training.evaluation_batches(text, 70, 1, args("-batch_size", 3, "-block_size", block_size))
-        rows = [row.tolist() for offsets, row_length in batches for row in text.rows(offsets, row_length)]
-        assert whole and all(len(row) == block_size + 1 for row in rows[:-1])
-        assert vocabulary.decode([rows[0][0], *(i for row in rows for i in row[1:])]) == content
-
-
-def test_the_loss_of_a_whole_text_is_the_mean_over_its_characters(tmp_path):
-    content = shuffled_text(3)[:101]
-    text = open_text(write_texts(tmp_path, content), 8)
-    vocabulary = Vocabulary.from_file(tmp_path / "vocab.txt")
-    model = GPTLanguageModel(len(vocabulary), 16, 2, 1, 8)
-    torch.nn.init.normal_(model.lm_head.weight)  # so that characters differ in their loss
-    batches, whole = training.evaluation_batches(text, 13, 1, args("-batch_size", 3))
-    losses, ids = [], vocabulary.encode(content)
-    model.eval()
-    for i in range(1, 101):
-        start = (i - 1) // 8 * 8
-        logits, _ = model(torch.tensor([ids[start:i]]))
-        losses.append(-logits[0, -1].log_softmax(0)[ids[i]].item())
-    assert whole
-    assert training.mean_loss(model, text, batches, CPU) == pytest.approx(np.mean(losses), abs=1e-5)
-
-
-def test_a_text_too_long_to_evaluate_whole_is_seen_at_fixed_places(texts):
-    text = open_text(texts, 8)
-    first, second = (training.evaluation_batches(text, 10, 30, args()) for _ in range(2))
-    assert not first[1] and sum(len(offsets) for offsets, _ in first[0]) == 30
-    assert all(np.array_equal(a, b) and length == 9 for (a, length), (b, _) in zip(first[0], second[0]))
-    assert training.evaluation_batches(text, 575, 30, args())[1]  # 4600 characters are 575 windows
-
-
-def test_evaluation_leaves_the_model_as_it_was(texts):
-    text = open_text(texts, 8)
-    model = GPTLanguageModel(len(Vocabulary.from_file(texts / "vocab.txt")), 16, 2, 1, 8).train()
-    batches, _ = training.evaluation_batches(text, 0, 16, args())
-    first, second = (training.mean_loss(model, text, batches, CPU) for _ in range(2))
-    assert first == second and model.training
-
-
-# The recipe
+# Learning ------------------------------------------------------------------------------------------------------------
 
 
 def test_learning_rate_rises_linearly_and_falls_as_a_cosine():
@@ -197,22 +162,29 @@ def test_the_ends_of_the_schedule_follow_from_the_other_flags():
     assert args("-optimizer", "muon").min_lr == 0
 
 
-@pytest.mark.parametrize(
-    ("batch_size", "block_size", "expected"), [(12, 64, 0.9904), (32, 128, 0.95), (64, 256, 0.95), (1, 8, 0.999)]
-)
-def test_adamw_averages_over_the_same_tokens_whatever_the_batch(batch_size, block_size, expected):
-    recipe = args("-batch_size", batch_size, "-block_size", block_size)
-    (adamw,) = training.Optimizer(GPTLanguageModel(7, 8, 2, 1, 4), recipe).parts
-    assert adamw.param_groups[0]["betas"] == pytest.approx((0.9, expected))
+def test_adamw_averages_over_the_same_tokens_whatever_the_batch():
+    def beta2(batch_size: int, block_size: int) -> float:
+        recipe = args("-batch_size", batch_size, "-block_size", block_size)
+        (adamw,) = training.Optimizer(GPTLanguageModel(7, 8, 2, 1, 4), recipe).parts
+        return adamw.param_groups[0]["betas"][1]
+
+    tokens = [rows * length / (1 - beta2(rows, length)) for rows, length in ((12, 64), (24, 64), (8, 128), (1, 512))]
+    assert tokens == pytest.approx([tokens[0]] * 4)
+    assert beta2(1, 8) <= 0.999 and beta2(64, 256) >= 0.95  # as a handful or thousands of steps would be no average
 
 
-def test_only_matrices_are_decayed():
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_only_matrices_are_decayed(optimizer):
     model = GPTLanguageModel(7, n_embd=8, n_head=2, n_layer=1, block_size=4)
-    optimizer = training.Optimizer(model, args("-weight_decay", 0.3))
-    decays = {p: group["weight_decay"] for group in optimizer.groups for p in group["params"]}
+    optimizer = training.Optimizer(model, args("-weight_decay", 0.3, "-optimizer", optimizer))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+            parameter.grad = torch.zeros_like(parameter)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    optimizer.step(0)
     for name, parameter in model.named_parameters():
-        assert decays[parameter] == (0.3 if parameter.dim() == 2 else 0.0), name
-    assert len(decays) == len(list(model.parameters()))
+        assert (parameter.norm() < before[name].norm()) if parameter.dim() == 2 else parameter.equal(before[name]), name
 
 
 def test_muon_gets_the_matrices_inside_the_blocks_and_adamw_the_rest():
@@ -257,27 +229,205 @@ def test_muon_works_in_float32_where_bfloat16_is_slow(monkeypatch):
     assert seen and set(seen) == {torch.float32}
 
 
-# Runs
+def test_a_clip_of_0_clips_nothing(train, texts):
+    without, with_a_high_one, with_a_low_one = (
+        train("-max_iters", 3, "-grad_clip", clip) and weights(texts) for clip in (0, 1e9, 0.01)
+    )
+    assert without.equal(with_a_high_one) and not without.equal(with_a_low_one)
 
 
-def run_in(folder, *flags):
-    with training.Interruption() as interruption:
-        return training.run(args("-data_dir", folder, "-model", folder / "model-01.pkl", *flags), interruption)
+def test_float16_scales_gradients_and_skips_a_step_that_overflows(texts):
+    recipe = args("-dtype", "float16", "-dropout", 0)
+    model, text = GPTLanguageModel(11, 16, 2, 1, 8, dropout=0.0), open_text(texts, 8)
+    optimizer = training.Optimizer(model, recipe)
+    scale = optimizer.scaler.get_scale()
+    assert scale > 1
+
+    def learn(step: int) -> float:
+        return training.train_step(model, optimizer, training.get_batch(text, step, recipe), step, recipe).item()
+
+    losses = [learn(step) for step in range(60)]
+    assert losses[-1] < losses[0] - 0.3
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    optimizer.scaler.load_state_dict({**optimizer.scaler.state_dict(), "scale": 2.0**120})
+    learn(60)
+    assert_same(dict(model.state_dict()), before)
+    assert optimizer.scaler.get_scale() < 2.0**120
 
 
-def weights_after(folder, *flags) -> torch.Tensor:
-    run_in(folder, *flags)
-    return load_model(folder / "model-01.pkl")[0].lm_head.weight
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_in_parts_learns_as_a_whole_one_does(train, texts, optimizer):
+    train(*SAME, "-optimizer", optimizer)
+    whole = losses(texts)
+    train(*SAME, "-optimizer", optimizer, "-grad_accum", 4)
+    assert losses(texts) == pytest.approx(whole, abs=1e-4) and min(whole) < max(whole) - 0.2
 
 
-def evaluations(output: str) -> list[tuple[int, float, bool]]:
-    found = re.findall(r"^step (\d+): train loss [\d.]+, val loss ([\d.]+)(, saved)?", output, re.MULTILINE)
-    return [(int(step), float(loss), bool(saved)) for step, loss, saved in found]
+def check_compiled(train, folder: Path) -> None:
+    train(*SAME, "-max_iters", 4)
+    plain = losses(folder)
+    done = train(*SAME, "-max_iters", 4, "-compile", "on")
+    assert losses(folder) == pytest.approx(plain, abs=1e-4)
+    assert "compiled    in" in done.stdout and "goes on without" not in done.stderr
 
 
-def test_a_run_reports_what_it_does_and_keeps_the_best_model(texts, capsys):
-    assert run_in(texts, "-max_iters", 25, "-eval_interval", 10, "-batch_size", 64, "-dtype", "float32") == 0
-    output = capsys.readouterr().out
+def test_a_compiled_model_learns_as_it_does_uncompiled(train, texts, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
+    check_compiled(train, texts)
+
+
+@pytest.mark.soak
+def test_a_model_compiled_to_machine_code_learns_as_it_does_uncompiled(train, texts):
+    check_compiled(train, texts)
+
+
+def test_what_can_not_be_compiled_is_trained_as_it_is(train, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("no working compiler\nand a long story")
+
+    monkeypatch.setattr(torch, "compile", lambda model: broken)
+    errors = train("-max_iters", 2, "-compile", "on").stderr
+    assert "-compile on: can't be done here, training goes on without: no working compiler\n" in errors
+
+
+# Many processes ------------------------------------------------------------------------------------------------------
+
+ENDLESS = [*TINY, "-max_iters", 10**6, "-eval_interval", 10**6]
+
+
+def children(process) -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+    return sorted(map(int, found.stdout.split()))
+
+
+needs_pgrep = pytest.mark.skipif(shutil.which("pgrep") is None, reason="finds the processes with pgrep")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_two_processes_learn_as_one_and_go_on_as_one(train, texts, start_script, optimizer):
+    run = start_script("training.py", *TINY, *SAME, "-optimizer", optimizer, "-model", "two.pkl", processes=2)
+    train(*SAME, "-optimizer", optimizer)
+    output, errors = run.communicate(timeout=120)
+    assert run.returncode == 0, errors
+    assert "2 processes" in output and output.count("best model") == 1  # the first process speaks for all
+    assert losses(texts, "two") == pytest.approx(losses(texts), abs=1e-4)
+    assert "after step 50 of 51" in train("-resume", "-model", "two.pkl", "-max_iters", 51).stdout
+
+
+@pytest.mark.parametrize(
+    ("processes", "flags", "fits"), [(8, ["-batch_size=100"], "96 and 104"), (2, ["-grad_accum=3"], "6 can")]
+)
+def test_rows_that_processes_can_not_share_are_a_sentence_that_says_which_they_can(
+    train, monkeypatch, processes, flags, fits
+):
+    monkeypatch.setattr(training, "WORLD_SIZE", processes)
+    assert_fails(train(*flags, status=2), f"argument -batch_size: .*{fits}", status=2)
+
+
+@needs_pgrep
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_dies_takes_the_others_down_by_name(texts, start_script, victim):
+    run = start_script("training.py", *ENDLESS, processes=2)
+    wait_until_shown(run, "loss")
+    pid = children(run)[victim]
+    os.kill(pid, signal.SIGKILL)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 1 and f"pid: {pid}" in errors and "exitcode  : -9" in errors
+
+
+@needs_pgrep
+@pytest.mark.parametrize("receiver", ["torchrun", "one process"])
+def test_interrupted_processes_end_after_the_same_step(texts, start_script, receiver):
+    run = start_script("training.py", *ENDLESS, processes=2)
+    wait_until_shown(run, "loss")
+    os.kill(run.pid if receiver == "torchrun" else children(run)[1], signal.SIGTERM)
+    _, errors = run.communicate(timeout=60)
+    command = "torchrun --nproc_per_node=2 training.py -resume"
+    (step,) = re.findall(rf"interrupted after step (\d+); to go on: {command}", errors)
+    state = read_model_file(texts / "model-01.state.pkl")["training"]
+    assert run.returncode != 0 and state["progress"][0] == int(step)
+
+
+# Evaluating ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 7, 64])
+def test_evaluation_predicts_every_character_but_the_first_once(tmp_path, monkeypatch, block_size):
+    monkeypatch.setattr(training, "CHUNK", 10)  # so that chunks end inside windows and inside characters
+    vocabulary = Vocabulary(MIXED)
+    for length in range(block_size + 1, block_size + 70):
+        content = shuffled_text(2)[:length]
+        text = open_text(write_texts(tmp_path, content, vocabulary=MIXED), block_size)
+        batches, whole = training.evaluation_batches(text, 70, 1, args("-batch_size", 3, "-block_size", block_size))
+        rows = [row.tolist() for offsets, row_length in batches for row in text.rows(offsets, row_length)]
+        assert whole and all(len(row) == block_size + 1 for row in rows[:-1])
+        assert vocabulary.decode([rows[0][0], *(i for row in rows for i in row[1:])]) == content
+
+
+def test_the_loss_of_a_whole_text_is_the_mean_over_its_characters(tmp_path):
+    content = shuffled_text(3)[:101]
+    text = open_text(write_texts(tmp_path, content), 8)
+    vocabulary = Vocabulary.from_file(tmp_path / "vocab.txt")
+    model = GPTLanguageModel(len(vocabulary), 16, 2, 1, 8)
+    torch.nn.init.normal_(model.lm_head.weight)  # so that characters differ in their loss
+    batches, whole = training.evaluation_batches(text, 13, 1, args("-batch_size", 3))
+    losses, ids = [], vocabulary.encode(content)
+    model.eval()
+    for i in range(1, 101):
+        start = (i - 1) // 8 * 8
+        logits, _ = model(torch.tensor([ids[start:i]]))
+        losses.append(-logits[0, -1].log_softmax(0)[ids[i]].item())
+    assert whole
+    assert training.mean_loss(model, text, batches, CPU) == pytest.approx(np.mean(losses), abs=1e-5)
+
+
+def test_a_text_too_long_to_evaluate_whole_is_seen_at_fixed_places(texts):
+    text = open_text(texts, 8)
+    first, second = (training.evaluation_batches(text, 10, 30, args()) for _ in range(2))
+    assert not first[1] and sum(len(offsets) for offsets, _ in first[0]) == 30
+    assert all(np.array_equal(a, b) and length == 9 for (a, length), (b, _) in zip(first[0], second[0]))
+    assert training.evaluation_batches(text, 575, 30, args())[1]  # 4600 characters are 575 windows
+
+
+def test_evaluation_leaves_the_model_as_it_was(texts):
+    text = open_text(texts, 8)
+    model = GPTLanguageModel(len(Vocabulary.from_file(texts / "vocab.txt")), 16, 2, 1, 8).train()
+    batches, _ = training.evaluation_batches(text, 0, 16, args())
+    first, second = (training.mean_loss(model, text, batches, CPU) for _ in range(2))
+    assert first == second and model.training
+
+
+def test_every_evaluation_is_a_row_of_metrics(train, texts):
+    output = train("-max_iters", 25, "-eval_interval", 10, "-learning_rate", 0.5, "-min_lr", 0.1).stdout
+    rows = metrics(texts)
+    assert list(rows[0]) == ["step", "train_loss", "val_loss", "learning_rate", "tokens", "seconds"]
+    assert [int(row["step"]) for row in rows] == [10, 20, 25]
+    assert [int(row["tokens"]) for row in rows] == [320, 640, 800]
+    shown = re.findall(r"^step \d+: train loss ([\d.]+), val loss ([\d.]+)", output, re.MULTILINE)
+    written = [(float(row["train_loss"]), float(row["val_loss"])) for row in rows]
+    assert np.array(written) == pytest.approx(np.array(shown, dtype=float), abs=6e-5)  # which has four decimals
+    rates = [float(row["learning_rate"]) for row in rows]
+    assert 0.5 > rates[0] > rates[1] > rates[2] > 0.1
+    assert 0 < float(rows[0]["seconds"]) <= float(rows[2]["seconds"])
+
+
+def test_a_plot_is_drawn(train, texts):
+    pytest.importorskip("matplotlib")
+    train("-max_iters", 4, "-eval_interval", 2, "-plot", "loss.png")
+    assert (texts / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_a_plot_is_a_notice(train, texts, monkeypatch):
+    monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)
+    errors = train("-max_iters", 2, "-plot", "loss.png").stderr
+    assert "pip install matplotlib" in errors and not (texts / "loss.png").exists()
+
+
+# A run ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_reports_what_it_does_and_keeps_the_best_model(train, texts):
+    output = train("-max_iters", 25, "-eval_interval", 10, "-batch_size", 64, "-dtype", "float32").stdout
     for expected in ("cpu", "parameters", "vocabulary  11 characters", "0.00 MB to validate", "64 x 8 = 512 tokens"):
         assert expected in output
     lines = evaluations(output)
@@ -296,70 +446,40 @@ def test_a_run_reports_what_it_does_and_keeps_the_best_model(texts, capsys):
     assert model.config["n_embd"] == 16 and vocabulary.characters == "\n acehmnost"
 
 
-def test_it_learns(texts, capsys):
-    run_in(texts, "-max_iters", 150, "-eval_interval", 150, "-learning_rate", 0.02, "-warmup_iters", 5, "-dropout", 0)
-    ((_, loss, _),) = evaluations(capsys.readouterr().out)
-    assert loss < 1.0  # from ln(11) = 2.4
-
-
-def test_the_seed_decides_everything(texts):
-    weights = [weights_after(texts, "-max_iters", 5, "-seed", seed) for seed in (1, 1, 2)]
-    assert weights[0].equal(weights[1]) and not weights[0].equal(weights[2])
-
-
-def test_an_earlier_model_is_kept(texts, capsys):
-    run_in(texts, "-max_iters", 2)
-    first = (texts / "model-01.pkl").read_bytes()
-    assert not (texts / "model-01.old.pkl").exists()
-    run_in(texts, "-max_iters", 4, "-eval_interval", 2, "-seed", 2)
-    assert (texts / "model-01.old.pkl").read_bytes() == first
-    assert (texts / "model-01.pkl").read_bytes() != first
-    assert "kept as" in capsys.readouterr().err
-
-
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_model(texts):
-    run_in(texts, "-max_iters", 2)
-    before = (texts / "model-01.pkl").read_bytes()
-    with pytest.raises(training.TrainingError, match=r"the loss is (nan|inf) after step [1-6], at .* -learning_rate"):
-        run_in(texts, "-max_iters", 20, "-eval_interval", 6, "-learning_rate", 1e30, "-warmup_iters", 0)
-    assert (texts / "model-01.pkl").read_bytes() == before
-
-
-def test_a_clip_of_0_clips_nothing(texts):
-    weights = [weights_after(texts, "-max_iters", 3, "-grad_clip", clip) for clip in (0, 1e9, 0.01)]
-    assert weights[0].equal(weights[1]) and not weights[0].equal(weights[2])
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_both_precisions_train_and_save_float32_weights(texts, capsys, dtype):
-    run_in(texts, "-max_iters", 60, "-dtype", dtype, "-learning_rate", 0.02, "-warmup_iters", 5, "-eval_interval", 60)
-    output = capsys.readouterr().out
+def test_it_learns_in_both_precisions_and_saves_float32_weights(train, texts, dtype):
+    flags = ["-max_iters=150", "-eval_interval=150", "-learning_rate=0.02", "-warmup_iters=5", "-dropout=0"]
+    output = train(*flags, "-dtype", dtype).stdout
     assert dtype in output
     ((_, loss, _),) = evaluations(output)
-    assert loss < 2.0
-    assert load_model(texts / "model-01.pkl")[0].lm_head.weight.dtype == torch.float32
+    assert loss < 1.0  # from ln(11) = 2.4
+    assert weights(texts).dtype == torch.float32
 
 
-def test_two_lines_of_the_models_own_text_follow_each_evaluation(texts, capsys):
-    run_in(texts, "-max_iters", 4, "-eval_interval", 2)
-    lines = capsys.readouterr().out.splitlines()
-    for i in (i for i, line in enumerate(lines) if line.startswith("step ") and "loss" in line):
+def test_the_seed_decides_everything(train, texts):
+    first, again, other = (train("-max_iters", 5, "-seed", seed) and weights(texts) for seed in (1, 1, 2))
+    assert first.equal(again) and not first.equal(other)
+
+
+def test_two_lines_of_the_models_own_text_follow_each_evaluation(train):
+    lines = train("-max_iters", 4, "-eval_interval", 2).stdout.splitlines()
+    found = [i for i, line in enumerate(lines) if re.match(r"step \d+: train loss", line)]
+    assert len(found) == 2
+    for i in found:
         assert all(line.startswith("    ") and 4 < len(line) <= 84 for line in lines[i + 1 : i + 3])
-
-
-def other_text(folder: Path) -> Path:
-    """Validation text of the same characters as the training text, which nothing learnt from the latter predicts."""
-    return write_texts(
-        folder, "the cat sat on the mat\n" * 200, "".join(random.Random(1).choices("\n acehmnost", k=500))
-    )
 
 
 OVERFITTING = ["-learning_rate", 0.03, "-warmup_iters", 1, "-min_lr", 0.03, "-eval_interval", 5, "-dropout", 0]
 
 
-def test_a_rising_validation_loss_is_said_once(texts, capsys):
-    run_in(other_text(texts), *OVERFITTING, "-max_iters", 60)
-    output = capsys.readouterr().out
+def validate_with_other_text(folder: Path) -> None:
+    """Text of the same characters as the training text, which nothing learnt from that predicts."""
+    write_texts(folder, val="".join(random.Random(1).choices("\n acehmnost", k=500)))
+
+
+def test_a_rising_validation_loss_is_said_once(train, texts):
+    validate_with_other_text(texts)
+    output = train(*OVERFITTING, "-max_iters", 60).stdout
     losses = [loss for _, loss, _ in evaluations(output)]
     best_step = 5 * (1 + losses.index(min(losses)))
     assert len(losses) == 12
@@ -368,49 +488,33 @@ def test_a_rising_validation_loss_is_said_once(texts, capsys):
     assert f"best model, of step {best_step}" in output
 
 
-def test_patience_stops_a_run(texts, capsys):
-    assert run_in(other_text(texts), *OVERFITTING, "-max_iters", 200, "-patience", 3) == 0
-    output = capsys.readouterr().out
+def test_patience_stops_a_run(train, texts):
+    validate_with_other_text(texts)
+    output = train(*OVERFITTING, "-max_iters", 200, "-patience", 3).stdout
     steps, losses, _ = zip(*evaluations(output))
     assert len(losses) == losses.index(min(losses)) + 1 + 3 and steps[-1] < 200
     assert "best model, of step" in output
 
 
-# Metrics
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_model(train, texts):
+    train("-max_iters", 2)
+    before = (texts / "model-01.pkl").read_bytes()
+    done = train("-max_iters", 20, "-eval_interval", 6, "-learning_rate", 1e30, "-warmup_iters", 0, status=1)
+    assert_fails(done, r"the loss is (nan|inf) after step [1-6], at .* -learning_rate")
+    assert (texts / "model-01.pkl").read_bytes() == before
 
 
-def metrics(folder: Path) -> list[dict]:
-    with open(folder / "model-01.metrics.csv", encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+def test_the_files_of_an_earlier_run_are_kept_and_can_be_gone_on_with(train, texts):
+    train("-max_iters", 3)
+    first = (texts / "model-01.pkl").read_bytes()
+    assert not list(texts.glob("*.old.*"))
+    assert "kept as" in train("-max_iters", 4, "-eval_interval", 2, "-seed", 2).stderr
+    assert (texts / "model-01.old.pkl").read_bytes() == first != (texts / "model-01.pkl").read_bytes()
+    train("-resume", "-model", "model-01.old.pkl", "-max_iters", 4)
+    assert [row["step"] for row in metrics(texts, "model-01.old")] == ["3", "4"]
 
 
-def test_every_evaluation_is_a_row_of_metrics(texts, capsys):
-    run_in(texts, "-max_iters", 25, "-eval_interval", 10, "-learning_rate", 0.5, "-min_lr", 0.1)
-    rows = metrics(texts)
-    assert list(rows[0]) == ["step", "train_loss", "val_loss", "learning_rate", "tokens", "seconds"]
-    assert [int(row["step"]) for row in rows] == [10, 20, 25]
-    assert [int(row["tokens"]) for row in rows] == [320, 640, 800]
-    shown = re.findall(r"^step \d+: train loss ([\d.]+), val loss ([\d.]+)", capsys.readouterr().out, re.MULTILINE)
-    written = [(float(row["train_loss"]), float(row["val_loss"])) for row in rows]
-    assert np.array(written) == pytest.approx(np.array(shown, dtype=float), abs=6e-5)  # which has four decimals
-    rates = [float(row["learning_rate"]) for row in rows]
-    assert 0.5 > rates[0] > rates[1] > rates[2] > 0.1
-    assert 0 < float(rows[0]["seconds"]) <= float(rows[2]["seconds"])
-
-
-def test_a_plot_is_drawn(texts, capsys):
-    pytest.importorskip("matplotlib")
-    run_in(texts, "-max_iters", 4, "-eval_interval", 2, "-plot", texts / "loss.png")
-    assert (texts / "loss.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_without_matplotlib_a_plot_is_a_notice(texts, monkeypatch, capsys):
-    monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)
-    assert run_in(texts, "-max_iters", 2, "-plot", texts / "loss.png") == 0
-    assert "pip install matplotlib" in capsys.readouterr().err and not (texts / "loss.png").exists()
-
-
-# Starting from a trained model
+# Starting from a trained model ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -437,29 +541,30 @@ def test_fine_tuning_keeps_what_is_known_and_grows_the_vocabulary(tmp_path, old_
         assert 0.01 < table.weight[new].std() < 0.04  # as initialised
 
 
-def test_fine_tuning_takes_the_shape_of_the_file(texts, old_model, capsys):
-    shape = ["-n_embd=16", "-n_head=2", "-n_layer=1", "-block_size=8"]
-    flags = ["-data_dir", str(texts), "-init_from", str(texts / "old.pkl")]
-    settings = training.parse_args(flags)
-    assert [getattr(settings, name) for name in ("n_embd", "n_head", "n_layer", "block_size")] == [16, 2, 1, 8]
-    assert training.parse_args([*flags, *shape]).n_embd == 16
+def test_fine_tuning_takes_the_shape_of_the_file(run_main, texts, old_model):
+    flags = ["-init_from=old.pkl", "-device=cpu", "-max_iters=1", "-batch_size=4"]
+    same = ["-n_embd=16", "-n_head=2", "-n_layer=1", "-block_size=8"]
+    for shape in ([], same):
+        assert run_main("training.py", *flags, *shape).returncode == 0
+        model, _ = load_model(texts / "model-01.pkl")
+        assert {**model.config, "vocab_size": 3} == {**old_model.config, "vocab_size": 3}
     for flag in ("-n_embd=32", "-n_head=4", "-n_layer=2", "-block_size=9"):
-        with pytest.raises(SystemExit) as end:
-            training.parse_args([*flags, flag])
         name, _, value = flag.partition("=")
-        assert end.value.code == 2 and f"argument {name}: {value} contradicts" in capsys.readouterr().err
+        assert_fails(run_main("training.py", *flags, flag), f"argument {name}: {value} contradicts", status=2)
 
 
-def test_fine_tuning_learns_faster_than_a_fresh_start(texts, capsys):
-    run_in(texts, "-max_iters", 100, "-eval_interval", 100, "-learning_rate", 0.02, "-warmup_iters", 5)
+def test_fine_tuning_begins_where_the_trained_model_ended(train, texts):
+    shown = train("-max_iters", 100, "-eval_interval", 100, "-learning_rate", 0.02, "-warmup_iters", 5).stdout
     (texts / "model-01.pkl").rename(texts / "old.pkl")
-    for more in ([], ["-init_from", texts / "old.pkl"]):
-        run_in(texts, "-max_iters", 5, "-learning_rate", 1e-4, *more)
-    (_, trained, _), (_, fresh, _), (_, tuned, _) = evaluations(capsys.readouterr().out)
+    for more in ([], ["-init_from", "old.pkl"]):
+        shown += train("-max_iters", 5, "-learning_rate", 1e-4, *more).stdout
+    (_, trained, _), (_, fresh, _), (_, tuned, _) = evaluations(shown)
     assert abs(tuned - trained) < 0.1 < fresh - tuned
 
 
-# Interrupting and going on
+# Interrupting and going on -------------------------------------------------------------------------------------------
+
+LONG = ["-max_iters", 30, "-eval_interval", 10, "-save_interval", 7, "-dropout", 0.2]
 
 
 def everything_after(folder: Path) -> tuple:
@@ -495,48 +600,31 @@ def interrupt_after(monkeypatch, step: int) -> None:
     monkeypatch.setattr(training, "train_step", interrupted)
 
 
-LONG = ["-max_iters", 30, "-eval_interval", 10, "-save_interval", 7, "-dropout", 0.2]
-
-
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("step", [1, 13, 20])
-def test_a_resumed_run_ends_as_if_never_interrupted(texts, monkeypatch, capsys, optimizer, step):
-    run_in(texts, *LONG, "-optimizer", optimizer)
+def test_an_interrupted_run_goes_on_to_the_same_bits(train, texts, monkeypatch, optimizer):
+    train(*LONG, "-optimizer", optimizer)
     undisturbed = everything_after(texts)
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, step)
-        assert run_in(texts, *LONG, "-optimizer", optimizer) == 130
-    captured = capsys.readouterr()
-    assert f"interrupted after step {step}; to go on: python training.py -resume" in captured.err
-    resume = ["-data_dir", str(texts), "-model", str(texts / "model-01.pkl"), "-device", "cpu", "-resume"]
-    assert go_on(resume) == 0
-    assert f"after step {step} of 30" in capsys.readouterr().out
-    assert_same(everything_after(texts), undisturbed)
+    for step in (1, 13, 20):  # before anything is saved, between evaluations, and at one
+        with monkeypatch.context() as patch:
+            interrupt_after(patch, step)
+            errors = train(*LONG, "-optimizer", optimizer, status=130).stderr
+        assert f"interrupted after step {step}; to go on: python training.py -resume" in errors
+        assert f"after step {step} of 30" in train("-resume").stdout
+        assert_same(everything_after(texts), undisturbed)
 
 
-def go_on(flags: list) -> int:
-    with training.Interruption() as interruption:
-        return training.run(training.parse_args([*map(str, flags)]), interruption)
-
-
-def test_a_resumed_run_may_become_longer(texts, capsys):
-    run_in(texts, "-max_iters", 10, "-eval_interval", 5)
-    resume = ["-data_dir", texts, "-model", texts / "model-01.pkl", "-resume"]
-    assert go_on([*resume, "-max_iters", 20]) == 0
-    assert "a schedule of 20 steps" in capsys.readouterr().err
+def test_a_resumed_run_may_become_longer(train, texts):
+    train("-max_iters", 10, "-eval_interval", 5)
+    assert "a schedule of 20 steps" in train("-resume", "-max_iters", 20).stderr
     rows = metrics(texts)
     assert [int(row["step"]) for row in rows] == [5, 10, 15, 20]
-    longer = args("-max_iters", 20)
-    assert float(rows[2]["learning_rate"]) == pytest.approx(training.learning_rate_at(14, longer))
-    with pytest.raises(SystemExit):
-        go_on([*resume, "-max_iters", 15])
-    assert "-max_iters: " in capsys.readouterr().err
-    assert go_on(resume) == 0  # now at its end: only reports
-    assert "a higher -max_iters goes on" in capsys.readouterr().out
+    assert float(rows[2]["learning_rate"]) == pytest.approx(training.learning_rate_at(14, args("-max_iters", 20)))
+    assert_fails(train("-resume", "-max_iters", 15, status=2), "argument -max_iters: ", status=2)
+    assert "a higher -max_iters goes on" in train("-resume").stdout  # which is at its end and only reports
 
 
-def test_rows_of_metrics_after_the_saved_state_are_dropped(texts, monkeypatch, capsys):
-    run_in(texts, *LONG)
+def test_rows_of_metrics_after_the_saved_state_are_dropped(train, texts, monkeypatch):
+    train(*LONG)
     whole = metrics(texts)
     state = training.Run.save_state
 
@@ -545,27 +633,22 @@ def test_rows_of_metrics_after_the_saved_state_are_dropped(texts, monkeypatch, c
             raise KeyboardInterrupt
         state(self)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(training.Run, "save_state", killed)
-        run_in(texts, *LONG)
+        train(*LONG, status=130)
     assert [row["step"] for row in metrics(texts)] == ["10", "20"]
-    assert go_on(["-data_dir", texts, "-model", texts / "model-01.pkl", "-resume"]) == 0
-    assert "after step 14 of 30" in capsys.readouterr().out
+    assert "after step 14 of 30" in train("-resume").stdout
     assert [row["val_loss"] for row in metrics(texts)] == [row["val_loss"] for row in whole]
 
 
-def test_a_new_run_puts_the_old_ones_files_aside(texts, capsys):
-    run_in(texts, "-max_iters", 3)
-    first = everything_after(texts)
-    run_in(texts, "-max_iters", 6, "-seed", 2)
-    assert go_on(["-data_dir", texts, "-model", texts / "model-01.old.pkl", "-resume", "-max_iters", 4]) == 0
-    assert len(read_model_file(texts / "model-01.pkl")["weights"]) == len(first[0]["weights"])
-    assert (texts / "model-01.old.metrics.csv").exists()
+def test_flags_that_repeat_the_saved_run_are_welcome(train, texts, finished_run):
+    put(texts, finished_run)
+    train("-resume", "-model=run.pkl", *TINY, "-max_iters", 3)
 
 
-def test_flags_that_repeat_the_saved_run_are_welcome(texts, capsys):
-    run_in(texts, "-max_iters", 2)
-    assert go_on([*TINY, "-data_dir", texts, "-model", texts / "model-01.pkl", "-resume", "-max_iters", 3]) == 0
+def test_a_run_does_not_go_on_with_other_texts(train, texts, finished_run):
+    write_texts(put(texts, finished_run), "the cat sat on the mat\n" * 201)
+    assert_fails(train("-resume", "-model=run.pkl", status=1), "the texts are not those")
 
 
 def first(optimizer_state: dict) -> dict:
@@ -601,56 +684,37 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
-def test_a_damaged_state_is_a_sentence(texts, damage):
-    run_in(texts, "-max_iters", 2)
-    path = texts / "model-01.state.pkl"
+def test_a_damaged_state_is_a_sentence(train, texts, finished_run, damage):
+    path = put(texts, finished_run) / "run.state.pkl"
     content = read_model_file(path)
     damage(content)
     torch.save(content, path)
-    with pytest.raises(ModelFileError, match=r"model-01.state.pkl: does not hold a run to go on with"):
-        go_on(["-data_dir", texts, "-model", texts / "model-01.pkl", "-resume", "-max_iters", 4])
+    done = train("-resume", "-model=run.pkl", "-max_iters", 4, status=1)
+    assert_fails(done, "run.state.pkl: does not hold a run to go on with")
 
 
-def test_a_run_does_not_go_on_with_other_texts(texts):
-    run_in(texts, "-max_iters", 2)
-    write_texts(texts, "the cat sat on the mat\n" * 201, "the mat sat on the cat\n" * 20)
-    with pytest.raises(training.TrainingError, match="the texts are not those"):
-        go_on(["-data_dir", texts, "-model", texts / "model-01.pkl", "-resume"])
-
-
-def wait_for(process, text: str) -> None:
-    shown = ""
-    while text not in shown:
-        shown += process.stderr.read(1) or pytest.fail(shown)
-
-
-ENDLESS = [*TINY, "-max_iters", 10**6, "-eval_interval", 10**6]
-
-
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals to send")
-def test_an_interrupted_run_prints_the_command_that_goes_on(texts, start_script, number, status):
-    run = start_script("training.py", *ENDLESS, "-model", "mine.pkl", cwd=texts)
-    wait_for(run, "loss")  # the progress bar, once it has drawn a few steps
-    run.send_signal(number)
-    _, errors = run.communicate(timeout=60)
-    assert run.returncode == status and "Traceback" not in errors
-    step, command = re.search(r"interrupted after step (\d+); to go on: python (.*)", errors).groups()
-    run = start_script(*shlex.split(command), cwd=texts)
-    wait_for(run, "loss")
-    run.send_signal(number)
-    output, _ = run.communicate(timeout=60)
-    assert f"after step {step} of 1000000" in output
+@signals
+def test_an_interrupted_run_prints_the_command_that_goes_on(texts, start_script):
+    command, steps = shlex.join(["training.py", *map(str, ENDLESS), "-model=mine.pkl"]), []
+    for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        run = start_script(*shlex.split(command))
+        wait_until_shown(run, "loss")  # the progress bar, once it has drawn a few steps
+        run.send_signal(number)
+        output, errors = run.communicate(timeout=60)
+        assert run.returncode == status and "Traceback" not in errors
+        assert all(f"after step {step} of 1000000" in output for step in steps)
+        step, command = re.search(r"interrupted after step (\d+); to go on: python (.*)", errors).groups()
+        steps.append(step)
+    assert int(steps[1]) > int(steps[0])
     model, vocabulary = load_model(texts / "mine.state.pkl")  # can be talked to before the first evaluation
     assert len(vocabulary) == model.config["vocab_size"] == 11
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals to send")
+@signals
 def test_a_second_interrupt_ends_at_once(texts, start_script):
     shape = ["-n_embd=512", "-n_layer=8", "-block_size=256", "-batch_size=256", "-device=cpu"]  # a step takes long
-    write_texts(texts, "the cat sat on the mat\n" * 200)
     run = start_script("training.py", *shape, cwd=texts)
-    wait_for(run, "0%")
+    wait_until_shown(run, "0%")
     for _ in range(2):
         time.sleep(1)
         run.send_signal(signal.SIGINT)
@@ -667,7 +731,7 @@ def kill_and_go_on(folder: Path, kills: int, start_script, flags: list) -> list[
         while not (folder / "model-01.state.pkl").exists():  # before that there is nothing to go on with
             time.sleep(0.01)
             assert run.poll() is None
-        wait_for(run, "loss")
+        wait_until_shown(run, "loss")
         time.sleep(chance.uniform(0, 0.5))
         run.kill()
         output, _ = run.communicate()
@@ -678,14 +742,14 @@ def kill_and_go_on(folder: Path, kills: int, start_script, flags: list) -> list[
     return resumed + [int(step) for step in re.findall(r"after step (\d+) of", output)]
 
 
-def check_kills(texts, start_script, run_script, kills: int, steps: int) -> list[int]:
+def check_kills(folder: Path, start_script, kills: int, steps: int) -> list[int]:
     flags = [*TINY, "-max_iters", steps, "-eval_interval", 20, "-save_interval", 2]  # most of the time is saving
-    disturbed, undisturbed = texts / "disturbed", texts / "undisturbed"
-    for folder in (disturbed, undisturbed):
-        folder.mkdir()
-        write_texts(folder, "the cat sat on the mat\n" * 200, "the mat sat on the cat\n" * 20)
-    assert run_script("training.py", *flags, cwd=undisturbed).returncode == 0
+    disturbed, undisturbed = folder / "disturbed", folder / "undisturbed"
+    for apart in (disturbed, undisturbed):
+        write_texts(apart)
+    whole = start_script("training.py", *flags, cwd=undisturbed)
     resumed = kill_and_go_on(disturbed, kills, start_script, flags)
+    assert whole.communicate(timeout=600) and whole.returncode == 0
     assert len(resumed) == kills and resumed == sorted(resumed)
     assert_same(everything_after(disturbed), everything_after(undisturbed))
     litter = {path.name for path in disturbed.iterdir()} - {path.name for path in undisturbed.iterdir()}
@@ -693,190 +757,28 @@ def check_kills(texts, start_script, run_script, kills: int, steps: int) -> list
     return resumed
 
 
-def test_a_killed_run_goes_on_to_the_same_end(texts, start_script, run_script):
-    check_kills(texts, start_script, run_script, kills=1, steps=400)
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, start_script):
+    check_kills(tmp_path, start_script, kills=1, steps=400)
 
 
 @pytest.mark.soak
-def test_a_run_killed_20_times_goes_on_to_the_same_end(texts, start_script, run_script):
-    print("went on after steps", check_kills(texts, start_script, run_script, kills=20, steps=8000))
+def test_a_run_killed_20_times_goes_on_to_the_same_bits(tmp_path, start_script):
+    print("went on after steps", check_kills(tmp_path, start_script, kills=20, steps=8000))
 
 
-# Many processes, parts of a step, precision and compilation
-
-SAME = ["-max_iters", 50, "-eval_interval", 5, "-dropout", 0, "-learning_rate", 0.01, "-dtype", "float32"]
+# From end to end -----------------------------------------------------------------------------------------------------
 
 
-def losses(folder: Path) -> list[float]:
-    return [float(row[name]) for row in metrics(folder) for name in ("train_loss", "val_loss")]
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_step_in_parts_learns_as_a_whole_one_does(texts, optimizer):
-    run_in(texts, *SAME, "-optimizer", optimizer)
-    whole = losses(texts)
-    run_in(texts, *SAME, "-optimizer", optimizer, "-grad_accum", 4)
-    assert losses(texts) == pytest.approx(whole, abs=1e-4) and min(whole) < max(whole) - 0.2
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_two_processes_learn_as_one_and_go_on_as_one(texts, start_script, capsys, optimizer):
-    run_in(texts, *SAME, "-optimizer", optimizer)
-    alone = losses(texts)
-    run = start_script("training.py", *TINY, *SAME, "-optimizer", optimizer, "-model", "two.pkl", processes=2)
-    output, errors = run.communicate(timeout=120)
-    assert run.returncode == 0, errors
-    assert "2 processes" in output and output.count("best model") == 1  # the first process speaks for all
-    (texts / "two.metrics.csv").replace(texts / "model-01.metrics.csv")
-    assert losses(texts) == pytest.approx(alone, abs=1e-4)
-    capsys.readouterr()
-    assert go_on(["-data_dir", texts, "-model", texts / "two.pkl", "-resume", "-max_iters", 51]) == 0
-    assert "after step 50 of 51" in capsys.readouterr().out
-
-
-def test_processes_share_the_rows_of_a_step(texts, monkeypatch):
-    text, recipe = open_text(texts, 8), args("-batch_size", 12)
-    whole = training.get_batch(text, 7, recipe)
-    monkeypatch.setattr(training, "WORLD_SIZE", 3)
-    for rank in range(3):
-        monkeypatch.setattr(training, "RANK", rank)
-        for part, rows in zip(training.get_batch(text, 7, recipe), whole):
-            assert part.equal(rows[4 * rank : 4 * rank + 4])
-
-
-@pytest.mark.parametrize(
-    ("processes", "flags", "fits"),
-    [(8, ["-batch_size=100"], "96 and 104"), (2, ["-grad_accum=3"], "6 can"), (1, ["-grad_accum=3"], "3 and 6")],
-)
-def test_rows_that_do_not_divide_are_an_error_that_says_which_do(monkeypatch, capsys, processes, flags, fits):
-    monkeypatch.setattr(training, "WORLD_SIZE", processes)
-    with pytest.raises(SystemExit) as end:
-        args(*flags)
-    errors = capsys.readouterr().err
-    assert end.value.code == 2 and "argument -batch_size" in errors and fits in errors
-
-
-def children(process) -> list[int]:
-    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
-    return sorted(map(int, found.stdout.split()))
-
-
-needs_pgrep = pytest.mark.skipif(shutil.which("pgrep") is None, reason="finds the processes with pgrep")
-
-
-@needs_pgrep
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_process_that_dies_takes_the_others_down_by_name(texts, start_script, victim):
-    run = start_script("training.py", *ENDLESS, processes=2)
-    wait_for(run, "loss")
-    pid = children(run)[victim]
-    os.kill(pid, signal.SIGKILL)
-    _, errors = run.communicate(timeout=60)
-    assert run.returncode == 1 and f"pid: {pid}" in errors and "exitcode  : -9" in errors
-
-
-@needs_pgrep
-@pytest.mark.parametrize("receiver", ["torchrun", "one process"])
-def test_interrupted_processes_end_after_the_same_step(texts, start_script, receiver):
-    run = start_script("training.py", *ENDLESS, processes=2)
-    wait_for(run, "loss")
-    os.kill(run.pid if receiver == "torchrun" else children(run)[1], signal.SIGTERM)
-    _, errors = run.communicate(timeout=60)
-    command = "torchrun --nproc_per_node=2 training.py -resume"
-    (step,) = re.findall(rf"interrupted after step (\d+); to go on: {command}", errors)
-    state = read_model_file(texts / "model-01.state.pkl")["training"]
-    assert run.returncode != 0 and state["progress"][0] == int(step)
-
-
-def test_float16_scales_gradients_and_skips_a_step_that_overflows(texts):
-    recipe = args("-dtype", "float16", "-dropout", 0)
-    model, text = GPTLanguageModel(11, 16, 2, 1, 8, dropout=0.0), open_text(texts, 8)
-    optimizer = training.Optimizer(model, recipe)
-    scale = optimizer.scaler.get_scale()
-    assert scale > 1
-
-    def learn(step: int) -> float:
-        return training.train_step(model, optimizer, training.get_batch(text, step, recipe), step, recipe).item()
-
-    losses = [learn(step) for step in range(60)]
-    assert losses[-1] < losses[0] - 0.3
-    before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    optimizer.scaler.load_state_dict({**optimizer.scaler.state_dict(), "scale": 2.0**120})
-    learn(60)
-    assert_same(dict(model.state_dict()), before)
-    assert optimizer.scaler.get_scale() < 2.0**120
-
-
-def check_compiled(texts, capsys) -> None:
-    run_in(texts, *SAME, "-max_iters", 4)
-    plain = losses(texts)
-    run_in(texts, *SAME, "-max_iters", 4, "-compile", "on")
-    assert losses(texts) == pytest.approx(plain, abs=1e-4)
-    captured = capsys.readouterr()
-    assert "compiled    in" in captured.out and captured.err.count("goes on without") == 0
-
-
-def test_a_compiled_model_learns_as_it_is(texts, capsys, monkeypatch):
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
-    check_compiled(texts, capsys)
-
-
-@pytest.mark.soak
-def test_a_model_compiled_to_machine_code_learns_as_it_is(texts, capsys):
-    check_compiled(texts, capsys)
-
-
-def test_what_can_not_be_compiled_is_trained_as_it_is(texts, capsys, monkeypatch):
-    def broken(*args):
-        raise RuntimeError("no working compiler\nand a long story")
-
-    monkeypatch.setattr(torch, "compile", lambda model: broken)
-    assert run_in(texts, "-max_iters", 2, "-compile", "on") == 0
-    captured = capsys.readouterr()
-    assert "-compile on: can't be done here, training goes on without: no working compiler\n" in captured.err
-
-
-def test_every_step_gets_its_own_rows_and_luck(texts, monkeypatch):
-    """Whatever is drawn ahead of its step, on whichever device."""
-    seen, step = [], training.train_step
-    monkeypatch.setattr(
-        training,
-        "train_step",
-        lambda forward, optimizer, batch, number, recipe: (
-            seen.append((number, batch[0])) or step(forward, optimizer, batch, number, recipe)
-        ),
-    )
-    run_in(texts, "-max_iters", 7, "-eval_interval", 3)
-    text = open_text(texts, 8)
-    assert [number for number, _ in seen] == list(range(7))
-    for number, x in seen:
-        assert x.equal(training.get_batch(text, number, args())[0])
-
-
-# From end to end
-
-
-def test_the_three_commands_in_sequence(tmp_path, run_script):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "own.txt").write_text(SCRIPTS * 40, encoding="utf-8")
-    extraction = run_script("data_extract.py", "-data_dir", "mine", cwd=tmp_path)
+def test_the_three_commands_lead_from_text_to_an_answer(tmp_path, run_script):
+    put(tmp_path, {"mine/own.txt": (MIXED * 40).encode()})
+    extraction = run_script("data_extract.py", "-data_dir", "mine")
     assert extraction.returncode == 0, extraction.stderr
-    run = run_script(
-        "training.py", *TINY, "-max_iters", 6, "-eval_interval", 3, "--learning_rate", "0.01", cwd=tmp_path
-    )
+    run = run_script("training.py", *TINY, "-max_iters", 6, "-eval_interval", 3, "--learning_rate", "0.01")
     assert run.returncode == 0, run.stderr
     assert [step for step, _, _ in evaluations(run.stdout)] == [3, 6]
     assert "tok/s" in run.stderr  # the progress bar
-    chat = run_script("chatbot.py", "-max_new_tokens", 12, "-device", "cpu", cwd=tmp_path, stdin="Plain\nПривет\n")
+    chat = run_script("chatbot.py", "-max_new_tokens", 12, "-device", "cpu", stdin="Plain\nПривет\n")
     assert chat.returncode == 0, chat.stderr
     completions = chat.stdout.split("Completion:\n")[1:]
     assert len(completions) == 2 and completions[0].startswith("Plain") and completions[1].startswith("Привет")
     assert len(completions[0].partition("\nPrompt")[0]) == len("Plain") + 12
-
-
-def test_help_explains_every_flag(run_script):
-    for script in ("data_extract.py", "training.py", "chatbot.py"):
-        shown = run_script(script, "-h")
-        assert shown.returncode == 0
-        for flag in re.findall(r'flag\("(\w+)"', (Path(training.__file__).parent / script).read_text()):
-            assert re.search(rf"-{flag}, --{flag}|-{flag} \S+, --{flag} ", shown.stdout), flag

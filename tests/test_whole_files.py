@@ -10,11 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-from test_bad_input import check_one_line, extract_here
-from test_data_extract import put, read_three, three_files, xz
-from test_training import TINY, metrics, write_texts
+from archives import NAMES, read_three, three_files, xz
+from conftest import TINY, assert_fails, metrics, put, signals, write_texts
 
-import data_extract
 import training
 from model import load_model, read_model_file
 
@@ -64,20 +62,13 @@ def disk(tmp_path):
 
 
 @pytest.fixture
-def run_main(tmp_path, monkeypatch, capsys):
-    """`run_main(script, *flags)` runs it in a folder with texts and archives: exit status and standard error."""
-    monkeypatch.setattr(data_extract, "extract_all", extract_here)
-    monkeypatch.chdir(write_texts(tmp_path, "the cat sat on the mat\n" * 200))
-    put(tmp_path, {"in/a.txt": b"a" * 60_000, "in/b.txt": "".join(map(chr, range(0x4E00, 0x6E00))).encode()})
-    handler = signal.getsignal(signal.SIGTERM)
-
-    def run(script: str, *flags):
-        monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
-        status = {"data_extract.py": data_extract, "training.py": training}[script].main()
-        return status, capsys.readouterr().err
-
-    yield run
-    signal.signal(signal.SIGTERM, handler)
+def run_here(tmp_path, run_main):
+    """run_main in a folder with texts and archives."""
+    put(
+        write_texts(tmp_path),
+        {"in/a.txt": b"a" * 60_000, "in/b.txt": "".join(map(chr, range(0x4E00, 0x6E00))).encode()},
+    )
+    return run_main
 
 
 def train_into(folder: Path) -> list:
@@ -102,8 +93,11 @@ def check_training(files: dict[str, bytes], folder: Path) -> None:
     assert "model-01.pkl" in files  # the former one stays until there is a better one
 
 
+# Full disks, and folders that can only be read -----------------------------------------------------------------------
+
+
 @linux_root
-def test_training_on_a_disk_that_is_full_sooner_or_later(disk, run_main):
+def test_training_on_a_disk_that_is_full_sooner_or_later(disk, run_here):
     pytest.importorskip("matplotlib")
     named = set()
     for free in [*range(0, 240 << 10, 24 << 10), 900 << 10]:
@@ -111,13 +105,13 @@ def test_training_on_a_disk_that_is_full_sooner_or_later(disk, run_main):
             (disk.folder / name).unlink()
         put(disk.folder, FORMER)
         disk.leave(free)
-        status, errors = run_main(*train_into(disk.folder))
+        result = run_here(*train_into(disk.folder))
         files = disk.files()
         check_training(files, disk.folder)
-        if status:
-            check_one_line("training.py", errors, "disk/.*: No space left on device")
-            named.add(errors.split(": ")[-2].rpartition("/")[2])
-    assert status == 0 and files.keys() == FORMER.keys() | KEPT.keys()
+        if result.returncode:
+            assert_fails(result, "disk/.*: No space left on device")
+            named.add(result.stderr.split(": ")[-2].rpartition("/")[2])
+    assert result.returncode == 0 and files.keys() == FORMER.keys() | KEPT.keys()
     assert named >= {"model-01.old.pkl", "model-01.state.pkl", "model-01.pkl"}
 
 
@@ -132,81 +126,84 @@ def test_training_on_a_disk_that_is_full_sooner_or_later(disk, run_main):
         ((training.Metrics, "draw"), "loss.svg"),
     ],
 )
-def test_training_on_a_disk_that_fills_up_at_one_moment(disk, run_main, monkeypatch, moment, full):
+def test_training_on_a_disk_that_fills_up_at_one_moment(disk, run_here, monkeypatch, moment, full):
     pytest.importorskip("matplotlib")
     function = getattr(*moment)
     monkeypatch.setattr(*moment, lambda *args, **more: disk.leave(0) or function(*args, **more))
     put(disk.folder, FORMER)
-    status, errors = run_main(*train_into(disk.folder))
-    check_one_line("training.py", errors, f"disk/{full}: No space left on device")
+    assert_fails(run_here(*train_into(disk.folder)), f"disk/{full}: No space left on device")
     files = disk.files()
     check_training(files, disk.folder)
-    assert status == 1 and files.get(full, FORMER.get(full)) == FORMER.get(full)
+    assert files.get(full, FORMER.get(full)) == FORMER.get(full)
 
 
 @linux_root
-def test_extracting_to_a_disk_that_is_full_sooner_or_later(disk, run_main):
-    former, named = {name: name.encode() for name in data_extract.OUTPUT_NAMES}, set()
+def test_extracting_to_a_disk_that_is_full_sooner_or_later(tmp_path, disk, run_here):
+    former, named = {name: name.encode() for name in NAMES}, set()
     for free in [*range(0, 140 << 10, 4 << 10), 900 << 10]:
         put(disk.folder, former)
         disk.leave(free)
-        status, errors = run_main("data_extract.py", "-data_dir=in", f"-output_dir={disk.folder}")
-        if status:
-            check_one_line("data_extract.py", errors, "disk/.*.tmp: No space left on device")
-            named.add(errors.split(": ")[-2].rpartition("/")[2].removesuffix(".tmp"))
+        result = run_here("data_extract.py", "-data_dir=in", f"-output_dir={disk.folder}")
+        if result.returncode:
+            assert_fails(result, "disk/.*.tmp: No space left on device")
+            named.add(result.stderr.split(": ")[-2].rpartition("/")[2].removesuffix(".tmp"))
             assert disk.files() == former
-    assert status == 0 and named == former.keys()
-    assert read_three(disk.folder) == three_files([Path("in/a.txt").read_text(), Path("in/b.txt").read_text("utf-8")])
+    assert result.returncode == 0 and named == former.keys()
+    assert read_three(disk.folder) == three_files(
+        [(tmp_path / "in" / name).read_text("utf-8") for name in ("a.txt", "b.txt")]
+    )
 
 
 @linux_root
-def test_a_folder_that_can_only_be_read_is_a_sentence_at_the_start(disk, run_main):
+def test_a_folder_that_can_only_be_read_is_a_sentence_at_the_start(disk, run_here):
     put(disk.folder, FORMER)
     disk.make_read_only()
-    status, errors = run_main(*train_into(disk.folder), f"-plot={disk.folder.parent / 'loss.svg'}")
-    check_one_line("training.py", errors, "-model must name a file in a folder that exists and can be written to")
-    assert status == 1 and errors.count("\n") == 1
-    status, errors = run_main("training.py", *TINY, f"-plot={disk.folder / 'loss.svg'}")
-    check_one_line("training.py", errors, "-plot must name a file in a folder that exists and can be written to")
-    assert status == 1
-    status, errors = run_main("data_extract.py", "-data_dir=in", f"-output_dir={disk.folder}")
-    check_one_line("data_extract.py", errors, "output_train.txt.tmp: Read-only file system")
-    assert status == 1 and disk.files() == FORMER
+    must = "must name a file in a folder that exists and can be written to"
+    elsewhere = f"-plot={disk.folder.parent / 'loss.svg'}"
+    result = run_here(*train_into(disk.folder), elsewhere)
+    assert_fails(result, f"-model {must}")
+    assert result.stderr.count("\n") == 1
+    assert_fails(run_here("training.py", *TINY, f"-plot={disk.folder / 'loss.svg'}"), f"-plot {must}")
+    result = run_here("data_extract.py", "-data_dir=in", f"-output_dir={disk.folder}")
+    assert_fails(result, "output_train.txt.tmp: Read-only file system")
+    assert disk.files() == FORMER
 
 
-def test_a_limit_on_file_sizes_is_named_and_leaves_the_former_model(tmp_path, run_main):
+def test_a_limit_on_file_sizes_is_named_and_leaves_the_former_model(tmp_path, run_here):
     resource = pytest.importorskip("resource")
     put(tmp_path, FORMER)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
-        status, errors = run_main("training.py", *TINY, "-max_iters=2")
+        result = run_here("training.py", *TINY, "-max_iters=2")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
-    check_one_line("training.py", errors, "model-01.*: File too large")
-    assert status == 1 and (tmp_path / "model-01.pkl").read_bytes() == FORMER["model-01.pkl"]
+    assert_fails(result, "model-01.*: File too large")
+    assert (tmp_path / "model-01.pkl").read_bytes() == FORMER["model-01.pkl"]
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_what_a_killed_run_has_left_is_overwritten_and_removed(tmp_path, run_main):
+# Temporary files -----------------------------------------------------------------------------------------------------
+
+
+def test_what_a_killed_run_has_left_is_overwritten_and_removed(tmp_path, run_here):
     pytest.importorskip("matplotlib")
     put(tmp_path, FORMER | {f"{name}.tmp": b"litter" * 30_000 for name in (*FORMER, "model-01.old.pkl")})
-    assert run_main(*train_into(tmp_path))[0] == 0
+    assert run_here(*train_into(tmp_path)).returncode == 0
     assert not list(tmp_path.glob("*.tmp"))
     check_training({name: (tmp_path / name).read_bytes() for name in FORMER}, tmp_path)
     assert (tmp_path / "model-01.old.pkl").read_bytes() == FORMER["model-01.pkl"]
 
 
 @pytest.mark.parametrize("name", [*FORMER, "model-01.old.pkl"])
-def test_a_folder_in_the_place_of_a_temporary_file_is_a_sentence(tmp_path, run_main, name):
+def test_a_folder_in_the_place_of_a_temporary_file_is_a_sentence(tmp_path, run_here, name):
     pytest.importorskip("matplotlib")
     put(tmp_path, FORMER)
     (tmp_path / f"{name}.tmp").mkdir()
-    status, errors = run_main(*train_into(tmp_path))
-    check_one_line("training.py", errors, f"{name}.tmp: ")
-    assert status == 1 and [path.name for path in tmp_path.glob("*.tmp")] == [f"{name}.tmp"]
+    assert_fails(run_here(*train_into(tmp_path)), f"{name}.tmp: ")
+    assert [path.name for path in tmp_path.glob("*.tmp")] == [f"{name}.tmp"]
     check_training({name: (tmp_path / name).read_bytes() for name in FORMER if (tmp_path / name).exists()}, tmp_path)
 
 
@@ -214,13 +211,13 @@ def test_a_folder_in_the_place_of_a_temporary_file_is_a_sentence(tmp_path, run_m
 
 
 @pytest.mark.soak
-@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGKILL")
+@signals
 def test_a_killed_extraction_leaves_former_or_whole_files(tmp_path, start_script, run_script):
     """Killed at 40 random moments, from the first byte to the last rename."""
     texts = {f"in/{i}.xz": xz(f"{i} is the text of this archive\n".encode() * 30_000) for i in range(12)}
     put(tmp_path, texts)
     assert run_script("data_extract.py", "-data_dir=in", "-output_dir=whole").returncode == 0
-    former, new = dict.fromkeys(data_extract.OUTPUT_NAMES, b"former"), read_three(tmp_path / "whole")
+    former, new = dict.fromkeys(NAMES, b"former"), read_three(tmp_path / "whole")
     outcomes, chance = [], random.Random(1)
     for _ in range(40):
         out = put(tmp_path / "out", former)
@@ -237,4 +234,4 @@ def test_a_killed_extraction_leaves_former_or_whole_files(tmp_path, start_script
     print(f"killed {sum(not done for done, _ in outcomes)} times before its end, {sum(d for d, _ in outcomes)} after")
     assert any(done for done, _ in outcomes) and not all(done for done, _ in outcomes)
     assert run_script("data_extract.py", "-data_dir=in", "-output_dir=out").returncode == 0
-    assert sorted(os.listdir(out)) == sorted(data_extract.OUTPUT_NAMES) and read_three(out) == new
+    assert sorted(os.listdir(out)) == sorted(NAMES) and read_three(out) == new

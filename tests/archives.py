@@ -1,0 +1,184 @@
+"""Archives of every kind, sound and damaged, and what data_extract.py should make of them, said once more, plainly."""
+
+import codecs
+import io
+import lzma
+import random
+import tarfile
+from pathlib import Path
+
+NAMES = ("output_train.txt", "output_val.txt", "vocab.txt")
+
+
+# Making archives -----------------------------------------------------------------------------------------------------
+
+FOREIGN = "Привет, мир. Γειά σου. 你好，世界。こんにちは。 नमस्ते. שלום. “Quoted” – café. 🙂🚀👩‍👩‍👧𝔘\ufeff"
+BOM = codecs.BOM_UTF8
+TEXT = f"{FOREIGN}\n".encode() * 20
+
+
+def xz(data: bytes) -> bytes:
+    return lzma.compress(data, preset=0)
+
+
+def tar(members: dict[str, bytes] | list, format: int = tarfile.GNU_FORMAT) -> bytes:
+    """A tar of texts by name, or of (name or TarInfo, content) pairs."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=format) as archive:
+        for info, content in members.items() if isinstance(members, dict) else members:
+            if isinstance(info, str):
+                info = tarfile.TarInfo(info)
+                info.size = len(content)
+            archive.addfile(info, io.BytesIO(content) if content else None)
+    return buffer.getvalue()
+
+
+def member(name: str, kind: bytes = tarfile.REGTYPE, size: int = 0, linkname: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.size, info.linkname = kind, size, linkname
+    return info
+
+
+def v7(members: dict[str, bytes]) -> bytes:
+    """A tar from before there was a standard: without the word `ustar` in its headers."""
+    data = b""
+    for name, content in members.items():
+        header = bytearray(member(name, size=len(content)).tobuf(tarfile.USTAR_FORMAT))
+        header[257:512] = bytes(255)
+        header[148:156] = b" " * 8
+        header[148:156] = b"%06o\0 " % sum(header)
+        data += bytes(header) + content + bytes(-len(content) % 512)
+    return data + bytes(1024)
+
+
+def pax(record: bytes, *rest: tuple) -> bytes:
+    """A tar in which `record` says more about the members that follow."""
+    return tar([(member("pax", tarfile.XHDTYPE, len(record)), record), *rest])
+
+
+# A corpus, in all the ways that it can be packed ---------------------------------------------------------------------
+
+
+def shards(count: int) -> dict[str, list[bytes]]:
+    """Documents in several scripts, by the name of the shard that they are in."""
+    generator = random.Random(count)
+    return {
+        f"urlsf_subset{i % 2:02d}-{i}_data": [
+            f"{i}.{j} {''.join(generator.choices(FOREIGN, k=200))}".encode() + b"\n" * j for j in range(3)
+        ]
+        for i in range(count)
+    }
+
+
+def as_files(corpus: dict[str, list[bytes]], name: str = "openwebtext/{}.xz") -> dict[str, bytes]:
+    return {
+        name.format(shard): xz(tar({f"{i:07d}.txt": content for i, content in enumerate(contents)}))
+        for shard, contents in corpus.items()
+    }
+
+
+def as_outer_tars(corpus: dict[str, list[bytes]]) -> dict[str, bytes]:
+    files = as_files(corpus)
+    return {
+        f"subset{i:02d}.tar": tar({name: content for name, content in files.items() if f"subset{i:02d}" in name})
+        for i in range(2)
+    }
+
+
+def spread(files: dict[str, bytes]) -> dict[str, bytes]:
+    return {
+        f"{'zyx'[i % 3]}/{'deep/' * (i % 4)}{Path(name).name}": data for i, (name, data) in enumerate(files.items())
+    }
+
+
+NESTINGS = {
+    "xz files": as_files,
+    "xz files at depth": lambda corpus: spread(as_files(corpus)),
+    "outer tars": as_outer_tars,
+    "outer tars at depth": lambda corpus: {f"down/here/{name}": data for name, data in as_outer_tars(corpus).items()},
+    "tar.xz files": lambda corpus: as_files(corpus, "{}.tar.xz"),
+    "tars and files": lambda corpus: {
+        **as_files({name: texts for name, texts in corpus.items() if "subset00" in name}),
+        **{name: data for name, data in as_outer_tars(corpus).items() if "subset01" in name},
+    },
+    "plain text": lambda corpus: {f"{name}.txt": documents(texts).encode() for name, texts in corpus.items()},
+    "packed text": lambda corpus: {f"{name}.xz": xz(documents(texts).encode()) for name, texts in corpus.items()},
+}
+
+
+# What should come out, and what did ----------------------------------------------------------------------------------
+
+
+def plain(data: bytes) -> str:
+    return data.removeprefix(BOM).decode("utf-8", "replace").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def documents(contents: list[bytes]) -> str:
+    return "".join(text + "\n\n" for text in (plain(content).rstrip("\n") for content in contents) if text)
+
+
+def invalid_sequences(data: bytes) -> int:
+    count = 0
+
+    def handler(error):
+        nonlocal count
+        count += 1
+        return "", error.end
+
+    codecs.register_error("count", handler)
+    data.decode("utf-8", "count")
+    return count
+
+
+def three_files(texts: list[str]) -> list[bytes]:
+    if len(texts) == 1:
+        cut = int(0.9 * len(texts[0]))
+        train, val = texts[0][:cut], texts[0][cut:]
+    else:
+        cut = max(1, int(0.9 * len(texts)))
+        train, val = "".join(texts[:cut]), "".join(texts[cut:])
+    vocabulary = "".join(f"{character}\n" for character in sorted(set(train + val)))
+    return [train.encode(), val.encode(), vocabulary.encode()]
+
+
+def read_three(folder: Path) -> list[bytes]:
+    return [(folder / name).read_bytes() for name in NAMES]
+
+
+# Damage --------------------------------------------------------------------------------------------------------------
+
+NOISE = random.Random(1).randbytes(15_000).hex().encode()  # hardly compressible, so that damage falls into data
+PACKED = xz(tar({"a.txt": NOISE, "b.txt": NOISE}))
+SHORT = xz(tar({"a.txt": b"a" * 700}))
+AB = {"a": b"a", "b": b"b"}
+OUTER = tar({"x/1.xz": SHORT, "x/2.xz": SHORT, "x/3.xz": SHORT})
+OUTER_MEMBER = 512 + len(SHORT) + -len(SHORT) % 512
+
+
+def flip(data: bytes, at: int) -> bytes:
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+DAMAGED = {
+    "cut short.xz": PACKED[:-1000],
+    "flipped byte.xz": flip(PACKED, len(PACKED) // 2),
+    "cut tar inside.xz": xz(tar({"a.txt": NOISE})[:-20_000]),
+    "cut header inside.xz": xz(tar({"a.txt": b"a", "b.txt": b"b"})[:1324]),
+    "text.xz": b"just text",
+    "empty.xz": b"",
+    "trailing text.xz": PACKED + b"text",
+    "xz inside.xz": xz(tar({"a.txt": b"a", "b.xz": SHORT})),
+    "tar inside.xz": xz(tar({"a.txt": b"a", "b.tar": OUTER})),
+    "tar inside.tar": tar({"a.txt": b"a", "b.tar": OUTER}),
+    "xz inside.txt": tar({"a.txt": b"a", "b.xz": SHORT}),
+    "text.tar": b"just text" * 1000,
+    "empty.tar": b"",
+    "packed.tar": PACKED,
+    "negative size.xz": xz(pax(b"12 size=-10\n", ("a.txt", b"a" * 3000))),
+    "minus one.xz": xz(pax(b"11 size=-1\n", ("a.txt", b"a" * 3000))),
+    "no number.xz": xz(pax(b"13 size=many\n", ("a.txt", b"a" * 3000))),
+    "absurd size.xz": xz(pax(b"25 size=9999999999999999\n", ("a.txt", b"a" * 3000))),
+    "endless number.xz": xz(pax(b"5012 size=" + b"9" * 5000 + b"\n", ("a.txt", b"a"))),
+    "absurd size.tar": pax(b"25 size=9999999999999999\n", ("a.txt", b"a" * 3000)),
+    "\x80bad name.xz": b"",
+}
