@@ -180,5 +180,6 @@ DAMAGED = {
     "absurd size.xz": xz(pax(b"25 size=9999999999999999\n", ("a.txt", b"a" * 3000))),
     "endless number.xz": xz(pax(b"5012 size=" + b"9" * 5000 + b"\n", ("a.txt", b"a"))),
     "absurd size.tar": pax(b"25 size=9999999999999999\n", ("a.txt", b"a" * 3000)),
+    "utf-16.txt": "text\n".encode("utf-16"),
     "\x80bad name.xz": b"",
 }

@@ -232,6 +232,7 @@ FILES = [
     ),
     Case("training.py", ["-plot=loss.png"], 1, f"loss.png: -plot {MUST_NAME}", {"loss.png": FOLDER}),
     Case("training.py", [f"-model={'x' * 300}"], 1, "x: File name too long"),
+    Case("training.py", ["-resume", "-model=."], 1, r"\.\.state\.pkl: "),
     Case("training.py", [], 1, f"model-01.pkl.tmp: {IS_FOLDER}", {"model-01.pkl.tmp": FOLDER}),
     *(Case("training.py", [f"-init_from={name}"], 1, message) for name, message in NOT_FILES),
     *(Case("training.py", ["-init_from=chat.pkl", f"-vocab={name}"], 1, message) for name, message in NOT_FILES),

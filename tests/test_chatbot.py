@@ -1,9 +1,12 @@
 """chatbot.py: prompts are completed as asked, in the characters that the model knows, until the person has enough."""
 
 import argparse
+import errno
 import io
+import os
 import signal
 import subprocess
+from contextlib import suppress
 
 import pytest
 import torch
@@ -180,3 +183,18 @@ def test_a_reader_that_has_seen_enough_ends_the_chat_quietly(start_script, folde
     run.stdout.read(20)
     run.stdout.close()
     assert run.wait(timeout=30) == 0 and run.stderr.read() == ""
+
+
+def test_windows_word_for_a_reader_that_has_seen_enough_ends_the_chat_quietly(run_main, folder):
+    class Closed(io.RawIOBase):
+        def writable(self):
+            return True
+
+        def write(self, data):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    closed = io.TextIOWrapper(io.BufferedWriter(Closed()), "utf-8", write_through=True)
+    ended = run_main("chatbot.py", "-device=cpu", "-prompt=a", cwd=folder, stdout=closed)
+    with suppress(OSError):
+        closed.close()
+    assert (ended.returncode, ended.stderr) == (0, "")

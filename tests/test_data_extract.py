@@ -2,6 +2,7 @@
 
 import errno
 import lzma
+import multiprocessing
 import os
 import random
 import re
@@ -465,6 +466,20 @@ def test_the_number_of_workers_does_not_change_the_result(tmp_path, workers):
     extract(tmp_path, workers=workers)
     expected = three_files([documents([b"\n".join(corpus[name])]) for name in sorted(corpus)])
     assert read_three(tmp_path / "out") == expected
+
+
+def test_workers_that_nothing_is_left_for_are_not_waited_for(tmp_path, monkeypatch):
+    start = multiprocessing.context.SpawnProcess.start
+
+    def start_slowly(process):
+        start(process)
+        time.sleep(1)  # so that the first worker is done before all are started
+
+    monkeypatch.setattr(multiprocessing.context.SpawnProcess, "start", start_slowly)
+    put(tmp_path / "in", {f"{i}.txt": b"text" for i in range(8)})
+    began = time.monotonic()
+    extract(tmp_path, workers=8)
+    assert time.monotonic() - began < 30  # each would cost 10
 
 
 @pytest.mark.parametrize(("count", "training"), [(2, 1), (3, 2), (10, 9), (19, 17)])

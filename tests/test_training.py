@@ -514,6 +514,12 @@ def test_the_files_of_an_earlier_run_are_kept_and_can_be_gone_on_with(train, tex
     assert [row["step"] for row in metrics(texts, "model-01.old")] == ["3", "4"]
 
 
+def test_the_files_of_an_earlier_run_are_kept_if_their_name_has_no_ending(train, texts):
+    for max_iters in (3, 4):
+        train("-model", "mine", "-max_iters", max_iters)
+    assert "after step 3 of 3" in train("-model", "mine.old.pkl", "-resume").stdout
+
+
 # Starting from a trained model ---------------------------------------------------------------------------------------
 
 
