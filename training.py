@@ -469,31 +469,26 @@ class Run:
         }
 
     def restore(self, state: dict) -> None:
-        """Go back to a saved state. Raises TrainingError if the texts have changed since, or it does not fit."""
+        """Go back to a saved state. Raises ModelFileError if it does not fit, TrainingError for other texts."""
         source = beside(self.args.model, ".state.pkl")
         try:
-            texts_changed = state["texts"] != [self.train_text.size, self.val_text.size]
-            self._restore(state)
+            step, seconds, best, best_step, stale = state["progress"]
+            self.step, self.seconds, self.best = int(step), float(seconds), float(best)
+            self.best_step, self.stale = int(best_step), int(stale)
+            rows, texts = state["metrics"], state["texts"]
+            fit = all(len(row) == len(Metrics.COLUMNS) and all(map(math.isfinite, row)) for row in rows)
+            if self.step < 0 or not fit:
+                raise ValueError("what no run comes to")
+            self.metrics.rows = rows
+            self.optimizer.restore(state["optimizer"])
         except Exception as error:  # parts that are missing, of the wrong type or of the wrong shape
             raise ModelFileError(f"{source}: does not hold a run to go on with") from error
-        if texts_changed:
+        if texts != [self.train_text.size, self.val_text.size]:
             raise TrainingError(f"{self.args.data_dir}: the texts are not those that {source} began with; start anew")
-        if RANK == 0:
-            self.metrics.save()  # without the rows of steps that were lost
-
-    def _restore(self, state: dict) -> None:
-        step, seconds, best, best_step, stale = state["progress"]
-        self.step, self.seconds, self.best = int(step), float(seconds), float(best)
-        self.best_step, self.stale = int(best_step), int(stale)
-        if self.step < 0:
-            raise ValueError("steps before the first")
-        for row in state["metrics"]:
-            if len(row) != len(Metrics.COLUMNS) or not all(map(math.isfinite, row)):
-                raise ValueError("metrics that are no such numbers")
-        self.metrics.rows = state["metrics"]
-        self.optimizer.restore(state["optimizer"])
         if not self.args.model.exists():
             self.best = math.inf
+        if RANK == 0:
+            self.metrics.save()  # without the rows of steps that were lost
 
     def save_state(self) -> None:
         if RANK == 0:
