@@ -3,8 +3,8 @@
     archives (.tar, .xz, .txt)  ->  documents  ->  clean UTF-8 text  ->  two files and the characters in them
 
 OpenWebText's `.xz` files are tars of documents inside; reading them as text would train a model on tar headers. Here
-every archive is opened by what it contains. Worker processes unpack archives side by side and write each one's text
-straight to its place in the output, so that neither memory nor temporary files grow with the corpus.
+every archive is opened by what it contains. Worker processes unpack archives side by side, each into a file of its own
+that is then appended to the output, so that neither memory nor temporary files grow with the corpus.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import threading
 import time
 import unicodedata
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -43,7 +43,7 @@ TRAIN_SHARE = 0.9
 
 READ_SIZE = 256 << 10  # bytes unpacked at once, few enough to stay in a core's cache
 CHUNK = 4 << 20  # bytes of text cleaned at once
-BUFFER = 32 << 20  # bytes of text that a worker may hold while archives before its own are still being unpacked
+AHEAD = 4  # archives per worker that may be unpacked before it is their turn to be written
 XZ_MEMORY = 128 << 20  # `xz -9` needs 65 MB to unpack; a file that asks for more than this is refused
 REPLACEMENT = "\ufffd"
 
@@ -351,41 +351,9 @@ class Extracted:
         self.characters_seen.update(other.characters_seen)
 
 
-class Relay:
-    """Hands the place in the output from archive to archive, across processes, in the archives' order.
-
-    Archive `index` can be written as soon as all before it have said how much text they hold.
-    """
-
-    def __init__(self, context: multiprocessing.context.BaseContext, outputs: list[Path], min_count: int):
-        self.outputs, self.min_count = outputs, min_count
-        self.ascii_counts = np.zeros(128, dtype=np.int64)  # each worker's own
-        self.started = context.Semaphore(0)  # released once by every worker
-        self.condition = context.Condition()
-        self.turn = context.Value("q", 0, lock=False)
-        self.ends = context.Array("q", len(outputs), lock=False)  # bytes of text in each output so far
-
-    def wait(self, index: int, split: int) -> int:
-        """Wait for the turn of an archive, and return the offset of its text in the output of its split."""
-        with self.condition:
-            self.condition.wait_for(lambda: self.turn.value == index)
-            return self.ends[split]
-
-    def pass_on(self, split: int, end: int) -> None:
-        with self.condition:
-            self.ends[split] = end
-            self.turn.value += 1
-            self.condition.notify_all()
-
-
-def start_worker(shared: Relay) -> None:
-    global relay
-    relay = shared
+def start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent decides
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # with which the parent ends this process
     threading.Thread(target=end_with_parent, daemon=True).start()
-    relay.started.release()
 
 
 def end_with_parent() -> None:
@@ -393,25 +361,17 @@ def end_with_parent() -> None:
     os._exit(1)
 
 
-def extract_archive(index: int, archive: Archive, split: int) -> Extracted:
-    """Write an archive's clean text to its place in the output of its split; runs in a worker."""
-    found, held, held_size = Extracted(), [], 0
-    with naming(relay.outputs[split]), open(relay.outputs[split], "r+b") as file:
-        try:
-            for text in read_clean(archive, found, relay.min_count, relay.ascii_counts):
-                held.append(text)
-                held_size += len(text)
-                if held_size > BUFFER:
-                    file.seek(relay.wait(index, split) + found.size - held_size)
-                    file.writelines(held)
-                    held, held_size = [], 0
-        except Damaged as damage:
-            found, held, held_size = Extracted(damage=str(damage)), [], 0  # the next archive starts where this one did
-        finally:
-            end = relay.wait(index, split) + found.size
-            relay.pass_on(split, end)
-        file.seek(end - held_size)
-        file.writelines(held)
+ascii_counts = np.zeros(128, dtype=np.int64)  # how often this process has seen each character
+
+
+def extract_archive(archive: Archive, part: Path, min_count: int) -> Extracted:
+    """Write an archive's clean text to a file of its own; runs in a worker."""
+    found = Extracted()
+    try:
+        with naming(part), open(part, "wb") as file:
+            file.writelines(read_clean(archive, found, min_count, ascii_counts))
+    except Damaged as damage:
+        return Extracted(damage=str(damage))
     return found
 
 
@@ -482,22 +442,21 @@ def extract(
     """
     totals, left_out = (Extracted(), Extracted()), []
     first_val = max(1, int(TRAIN_SHARE * len(archives)))
-    with replaced_together([output_dir / name for name in OUTPUT_NAMES]) as outputs:
-        for path in outputs:
-            path.touch()
+    with replaced_together([output_dir / name for name in OUTPUT_NAMES]) as (outputs, parts):
         with tqdm(total=len(archives), unit=" archives", desc="extracting", dynamic_ncols=True) as bar:
-            for index, found in enumerate(extract_all(archives, first_val, outputs, workers, min_count)):
+            for index, found in enumerate(extract_all(archives, parts, workers, min_count)):
+                split = int(index >= first_val)
                 if found.damage and not skip_corrupt:
                     raise DataError(
                         f"{archives[index].name}: {found.damage}; replace it, or leave it out with -skip_corrupt"
                     )
                 if found.damage:
                     left_out.append(f"{archives[index].name}: {found.damage}")
-                totals[index >= first_val].add(found)
+                else:
+                    append(parts / str(index), outputs[split])
+                totals[split].add(found)
                 bar.set_postfix_str(f"{(totals[TRAIN].size + totals[VAL].size) / 1e6:,.1f} MB of text", refresh=False)
                 bar.update()
-        for path, total in zip(outputs, totals):
-            os.truncate(path, total.size)  # drops what a damaged last archive may have left behind
         if len(archives) == 1:
             cut_off_validation(outputs, totals)
         if not (totals[TRAIN].characters and totals[VAL].characters):
@@ -509,44 +468,46 @@ def extract(
     return *totals, left_out
 
 
-def extract_all(
-    archives: list[Archive], first_val: int, outputs: list[Path], workers: int | None, min_count: int
-) -> Iterator[Extracted]:
-    """Yield what came out of each archive, in order, while worker processes extract them side by side."""
-    context = multiprocessing.get_context("spawn")
-    relay = Relay(context, outputs, min_count)
+def append(part: Path, path: Path) -> None:
+    """Let a part end the output at `path`, or be it, if there is none yet."""
+    if not path.exists():
+        os.replace(part, path)
+        return
+    with naming(path), open(part, "rb") as text, open(path, "ab") as file:
+        shutil.copyfileobj(text, file, CHUNK)
+    part.unlink()
+
+
+def extract_all(archives: list[Archive], parts: Path, workers: int | None, min_count: int) -> Iterator[Extracted]:
+    """Yield what came out of each archive, in order, while worker processes write their texts to files in `parts`."""
     workers = min(workers or available_cores(), len(archives), 61)  # Windows can wait for no more than 61 processes
-    splits = [TRAIN if index < first_val else VAL for index in range(len(archives))]
-    with ProcessPoolExecutor(workers, context, start_worker, (relay,)) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker) as pool:
         try:
-            with signals_held():  # a worker that is stopped while it starts would not do so quietly
-                results = pool.map(extract_archive, range(len(archives)), archives, splits)
-                for _ in multiprocessing.active_children():  # fewer than `workers` where the first is soon done
-                    relay.started.acquire(timeout=10)
-            yield from results
+            waiting = deque()
+            for index, archive in enumerate(archives):
+                with signals_held():  # or a signal might come while a process starts, which would not end quietly
+                    waiting.append(pool.submit(extract_archive, archive, parts / str(index), min_count))
+                if len(waiting) == AHEAD * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
         except BrokenProcessPool:
             raise DataError("a worker process was killed, perhaps for want of memory; run again") from None
         finally:
             for process in multiprocessing.active_children():  # on an error or Ctrl-C, don't wait for their archives
-                process.terminate()
+                process.kill()
 
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM wait until the block is done, also in threads and processes started in it."""
-    came, signals = [], (signal.SIGINT, signal.SIGTERM)
-    handlers = {number: signal.signal(number, lambda number, _: came.append(number)) for number in signals}
-    if hasattr(signal, "pthread_sigmask"):  # for the processes; a signal to this one may reach it by another thread
-        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    """Let Ctrl-C and SIGTERM wait until the block is done, and never reach a process started in it."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:
         yield
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
         if hasattr(signal, "pthread_sigmask"):
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-        for number in came:
-            signal.raise_signal(number)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
 
 
 def available_cores() -> int:
@@ -554,22 +515,29 @@ def available_cores() -> int:
 
 
 @contextmanager
-def replaced_together(paths: list[Path]) -> Iterator[list[Path]]:
-    """Give temporary paths to write to; if the block succeeds they replace `paths`, otherwise they are removed."""
-    temporary = [path.with_name(path.name + ".tmp") for path in paths]
+def replaced_together(paths: list[Path]) -> Iterator[tuple[list[Path], Path]]:
+    """Give temporary paths to write to, which replace `paths` if the block succeeds, and a folder for the meantime."""
+    temporary, parts = [path.with_name(path.name + ".tmp") for path in paths], paths[0].with_name("output_parts.tmp")
     for path in [*paths, *temporary]:
         if path.is_dir():
             raise DataError(f"{path}: is a folder where the output belongs; move it away or name another -output_dir")
+
+    def clean_up() -> None:
+        shutil.rmtree(parts, ignore_errors=True)
+        for path in temporary:
+            path.unlink(missing_ok=True)
+
     try:
-        yield temporary
+        clean_up()  # what a killed run has left
+        parts.mkdir()
+        yield temporary, parts
         for path in temporary:
             with naming(path), open(path, "r+b") as file:
                 os.fsync(file.fileno())
         for path, final in zip(temporary, paths):
             os.replace(path, final)
     finally:
-        for path in temporary:
-            path.unlink(missing_ok=True)
+        clean_up()
 
 
 def cut_off_validation(outputs: list[Path], totals: tuple[Extracted, Extracted]) -> None:
@@ -713,6 +681,7 @@ def main() -> int:
     args = parse_args()
     sys.stdout.reconfigure(errors="backslashreplace")  # names of archives need not be valid in any encoding
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    tqdm.monitor_interval = 0  # no thread of its own, which could receive a signal that is held
     try:
         with tempfile.TemporaryDirectory() as sample_folder:
             run(args, Path(sample_folder))

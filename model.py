@@ -182,13 +182,8 @@ class GPTLanguageModel(nn.Module):
         dropout: float = 0.2,
     ):
         super().__init__()
-        sizes = {
-            "vocab_size": vocab_size,
-            "n_embd": n_embd,
-            "n_head": n_head,
-            "n_layer": n_layer,
-            "block_size": block_size,
-        }
+        sizes = {"vocab_size": vocab_size, "n_embd": n_embd, "n_head": n_head, "n_layer": n_layer}
+        sizes["block_size"] = block_size
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, not {size}")

@@ -1,5 +1,9 @@
 """Train a GPT on the text that data_extract.py made, and keep the best model in `model-01.pkl`.
 
+    python training.py -batch_size 32
+    python training.py -resume
+    torchrun --standalone --nproc_per_node=8 training.py -batch_size 256
+
 The texts are memory-mapped, never read whole: a step draws random places in the training text, takes `block_size` + 1
 characters from each, and asks the model to predict every character from those before it. Started by `torchrun`, many
 processes share the rows of each step.
@@ -455,7 +459,7 @@ class Run:
         )
         self.optimizer = Optimizer(model, args)
         self.step, self.seconds = 0, 0.0
-        self.best, self.best_step, self.stale = math.inf, 0, 0  # stale: evaluations since the best one
+        self.best, self.best_step, self.evaluations_since = math.inf, 0, 0
         self.metrics = Metrics(beside(args.model, ".metrics.csv"))
 
     def state(self) -> dict:
@@ -463,7 +467,7 @@ class Run:
         return {
             "arguments": self.args.settings,
             "texts": [self.train_text.size, self.val_text.size],
-            "progress": [self.step, self.seconds, self.best, self.best_step, self.stale],
+            "progress": [self.step, self.seconds, self.best, self.best_step, self.evaluations_since],
             "metrics": self.metrics.rows,
             "optimizer": self.optimizer.state(),
         }
@@ -472,9 +476,9 @@ class Run:
         """Go back to a saved state. Raises ModelFileError if it does not fit, TrainingError for other texts."""
         source = beside(self.args.model, ".state.pkl")
         try:
-            step, seconds, best, best_step, stale = state["progress"]
+            step, seconds, best, best_step, evaluations_since = state["progress"]
             self.step, self.seconds, self.best = int(step), float(seconds), float(best)
-            self.best_step, self.stale = int(best_step), int(stale)
+            self.best_step, self.evaluations_since = int(best_step), int(evaluations_since)
             rows, texts = state["metrics"], state["texts"]
             fit = all(len(row) == len(Metrics.COLUMNS) and all(map(math.isfinite, row)) for row in rows)
             if self.step < 0 or not fit:
@@ -507,7 +511,7 @@ class Run:
             forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
         bar = {"unit": "tok", "unit_scale": True, "dynamic_ncols": True, "mininterval": 0.5, "disable": RANK > 0}
         with tqdm(total=args.max_iters * tokens, initial=self.step * tokens, **bar) as bar:
-            while self.step < args.max_iters and self.stale < patience and not interruption.agreed():
+            while self.step < args.max_iters and self.evaluations_since < patience and not interruption.agreed():
                 loss = train_step(forward, self.optimizer, batch, self.step, args)
                 self.step += 1
                 batch = get_batch(self.train_text, self.step, args)  # while a GPU is still busy with the last one
@@ -543,10 +547,10 @@ class Run:
         val_loss = mean_loss(self.model, self.val_text, self.val_batches, args.device, args.dtype)
         self.check(val_loss)
         line = f"step {self.step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}"
-        self.stale += 1
+        self.evaluations_since += 1
         best = val_loss < self.best
         if best:
-            self.best, self.best_step, self.stale = val_loss, self.step, 0
+            self.best, self.best_step, self.evaluations_since = val_loss, self.step, 0
             line += f", saved {args.model}"
         if RANK > 0:
             return line
@@ -557,7 +561,7 @@ class Run:
         if args.plot:
             self.metrics.draw(args.plot)
         lines = [line, *(f"    {sampled}" for sampled in sample_lines(self.model, self.vocabulary, args))]
-        if self.stale == RISING:
+        if self.evaluations_since == RISING:
             lines.append(
                 f"the validation loss has been above that of step {self.best_step} for {RISING} evaluations: the model "
                 "learns the training text by heart. More text or a higher -dropout helps; -patience N stops such a run"

@@ -6,7 +6,6 @@ since it takes seconds to start. Both ways give a CompletedProcess.
 
 import csv
 import io
-import multiprocessing
 import os
 import re
 import signal
@@ -153,12 +152,12 @@ def one_thread():
 
 @pytest.fixture
 def extract_here(monkeypatch):
-    """Let data_extract.py do without worker processes, which would know nothing of what a test changes in this one."""
+    """Let archives be extracted in this process, not in others, which would not see what a test has changed."""
 
-    def extract_all(archives, first_val, outputs, workers, min_count):
-        data_extract.relay = data_extract.Relay(multiprocessing, outputs, min_count)
+    def extract_all(archives, parts, workers, min_count):
+        data_extract.ascii_counts[:] = 0
         for index, archive in enumerate(archives):
-            yield data_extract.extract_archive(index, archive, int(index >= first_val))
+            yield data_extract.extract_archive(archive, parts / str(index), min_count)
 
     monkeypatch.setattr(data_extract, "extract_all", extract_all)
 

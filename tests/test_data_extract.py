@@ -531,7 +531,7 @@ def test_skip_corrupt_leaves_damaged_archives_out_and_lists_them(run_main, tmp_p
 def test_skip_corrupt_takes_back_what_a_large_damaged_archive_has_already_written(run_script, tmp_path):
     text = b"0123456789abcde\n" * (1 << 16)
     large = xz(text) * 60  # far more than a worker holds back
-    assert 60 * len(text) > data_extract.BUFFER + 2 * data_extract.CHUNK
+    assert 60 * len(text) > (32 << 20) + 2 * data_extract.CHUNK
     put(tmp_path / "in", {"1.txt": b"1", "2.xz": large[:-9], "3.txt": b"3", "4.xz": large[:-9]})
     result = run_script(SCRIPT, "-data_dir", "in", "-output_dir", "out", "-skip_corrupt", "-sample_rate", "1")
     assert_fails(result, "too little text")  # the last archive was all of the validation text
@@ -545,10 +545,10 @@ def test_skip_corrupt_takes_back_what_a_large_damaged_archive_has_already_writte
 @pytest.mark.parametrize(
     ("files", "limit", "full"),
     [
-        ({"a.txt": b"a" * 50_000, "b.xz": xz(b"b" * 500_000)}, 20_000, "output_train.txt"),
-        ({"a.txt": b"a", "b.xz": xz(b"b" * 500_000), "c.txt": b"c"}, 20_000, "output_train.txt"),
-        ({"a.txt": b"a", "b.xz": xz(b"b" * 500_000)}, 20_000, "output_val.txt"),
-        ({"a.txt": CHARACTERS.encode()}, 17_000, "vocab.txt"),
+        ({"a.txt": b"a" * 50_000, "b.xz": xz(b"b" * 500_000)}, 20_000, "output_parts.tmp/0"),
+        ({"a.txt": b"a", "b.xz": xz(b"b" * 500_000), "c.txt": b"c"}, 20_000, "output_parts.tmp/1"),
+        ({"a.txt": b"a", "b.xz": xz(b"b" * 500_000)}, 20_000, "output_parts.tmp/1"),
+        ({"a.txt": CHARACTERS.encode()}, 17_000, "vocab.txt.tmp"),
     ],
     ids=["first archive", "second archive", "validation", "vocabulary"],
 )
@@ -556,7 +556,7 @@ def test_a_full_disk_is_a_sentence(run_script, earlier, tmp_path, limit_file_siz
     put(tmp_path / "in", files)
     args = ["-data_dir", "in", "-output_dir", "out"]
     result = run_script(SCRIPT, *args, preexec_fn=lambda: limit_file_size(limit))
-    assert_fails(result, f"{full}.tmp: {os.strerror(errno.EFBIG)}")
+    assert_fails(result, f"{full}: {os.strerror(errno.EFBIG)}")
 
 
 def test_a_disk_that_fills_up_while_the_validation_text_is_cut_off_is_a_sentence(

@@ -145,10 +145,10 @@ def test_extracting_to_a_disk_that_is_full_sooner_or_later(tmp_path, disk, run_h
         disk.leave(free)
         result = run_here("data_extract.py", "-data_dir=in", f"-output_dir={disk.folder}")
         if result.returncode:
-            assert_fails(result, "disk/.*.tmp: No space left on device")
+            assert_fails(result, "disk/.*.tmp(/.)?: No space left on device")
             named.add(result.stderr.split(": ")[-2].rpartition("/")[2].removesuffix(".tmp"))
             assert disk.files() == former
-    assert result.returncode == 0 and named == former.keys()
+    assert result.returncode == 0 and named == {"0", "1", "vocab.txt"}
     assert read_three(disk.folder) == three_files(
         [(tmp_path / "in" / name).read_text("utf-8") for name in ("a.txt", "b.txt")]
     )
