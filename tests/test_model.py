@@ -166,6 +166,9 @@ def test_initial_weights_are_small_normal_and_biases_zero():
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_all_heads_share_one_triangle_also_on_another_device(device):
     assert len(list(GPTLanguageModel(**SHAPE).to(device).buffers())) == 1
+    with torch.device(device):
+        (triangle,) = GPTLanguageModel(**SHAPE).buffers()
+    assert triangle.device.type == device
 
 
 @pytest.mark.parametrize(

@@ -722,9 +722,9 @@ def test_a_second_interrupt_ends_at_once(texts, start_script):
     run = start_script("training.py", *shape, cwd=texts)
     wait_until_shown(run, "0%")
     for _ in range(2):
-        time.sleep(1)
+        time.sleep(2)  # or, on a busy machine, two signals could come as one
         run.send_signal(signal.SIGINT)
-    _, errors = run.communicate(timeout=2)
+    _, errors = run.communicate(timeout=5)
     assert run.returncode == -signal.SIGINT and "Traceback" not in errors  # which a shell calls 130
     assert not (texts / "model-01.state.pkl").exists()
 
@@ -756,7 +756,7 @@ def check_kills(folder: Path, start_script, kills: int, steps: int) -> list[int]
     whole = start_script("training.py", *flags, cwd=undisturbed)
     resumed = kill_and_go_on(disturbed, kills, start_script, flags)
     assert whole.communicate(timeout=600) and whole.returncode == 0
-    assert len(resumed) == kills and resumed == sorted(resumed)
+    assert len(resumed) == kills and resumed == sorted(resumed) and resumed[-1] < steps
     assert_same(everything_after(disturbed), everything_after(undisturbed))
     litter = {path.name for path in disturbed.iterdir()} - {path.name for path in undisturbed.iterdir()}
     assert not litter
