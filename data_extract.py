@@ -457,7 +457,7 @@ def extract(
                 totals[split].add(found)
                 bar.set_postfix_str(f"{(totals[TRAIN].size + totals[VAL].size) / 1e6:,.1f} MB of text", refresh=False)
                 bar.update()
-        if len(archives) == 1:
+        if len(archives) == 1 and not left_out:
             cut_off_validation(outputs, totals)
         if not (totals[TRAIN].characters and totals[VAL].characters):
             raise DataError("; ".join(["too little text: training and validation both need some; add more", *left_out]))

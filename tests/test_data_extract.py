@@ -509,7 +509,7 @@ def test_a_second_run_that_reads_the_folder_it_writes_to_gives_the_same_files(ru
 
 
 def test_leftovers_of_a_killed_run_do_not_matter(run_main, tmp_path):
-    put(tmp_path, {f"out/{name}.tmp": b"litter" * 100 for name in NAMES})
+    put(tmp_path, {f"out/{name}.tmp": b"litter" * 100 for name in (*NAMES, "output_parts.tmp/0")})
     put(tmp_path / "in", {"a.txt": b"first ", "b.txt": b"second"})
     assert run_main(SCRIPT, "-data_dir", "in", "-output_dir", "out").returncode == 0
     assert read_three(tmp_path / "out") == three_files(["first ", "second"])
@@ -528,10 +528,17 @@ def test_skip_corrupt_leaves_damaged_archives_out_and_lists_them(run_main, tmp_p
     assert vocab.decode() == "".join(f"{character}\n" for character in sorted(set((train + val).decode())))
 
 
+def test_skip_corrupt_leaves_nothing_if_the_only_archive_is_damaged(run_main, tmp_path):
+    put(tmp_path / "in", {"a.xz": SHORT[:-4]})
+    result = run_main(SCRIPT, "-data_dir", "in", "-output_dir", "out", "-skip_corrupt")
+    assert_fails(result, "too little text: .*; a.xz: it is cut short")
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_skip_corrupt_takes_back_what_a_large_damaged_archive_has_already_written(run_script, tmp_path):
     text = b"0123456789abcde\n" * (1 << 16)
-    large = xz(text) * 60  # far more than a worker holds back
-    assert 60 * len(text) > (32 << 20) + 2 * data_extract.CHUNK
+    large = xz(text) * 60
+    assert 60 * len(text) > 10 * data_extract.CHUNK
     put(tmp_path / "in", {"1.txt": b"1", "2.xz": large[:-9], "3.txt": b"3", "4.xz": large[:-9]})
     result = run_script(SCRIPT, "-data_dir", "in", "-output_dir", "out", "-skip_corrupt", "-sample_rate", "1")
     assert_fails(result, "too little text")  # the last archive was all of the validation text
