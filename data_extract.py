@@ -445,15 +445,16 @@ def extract(
     with replaced_together([output_dir / name for name in OUTPUT_NAMES]) as (outputs, parts):
         with tqdm(total=len(archives), unit=" archives", desc="extracting", dynamic_ncols=True) as bar:
             for index, found in enumerate(extract_all(archives, parts, workers, min_count)):
-                split = int(index >= first_val)
-                if found.damage and not skip_corrupt:
+                part, split = parts / str(index), int(index >= first_val)
+                if not found.damage:
+                    append(part, outputs[split])
+                elif skip_corrupt:
+                    part.unlink()
+                    left_out.append(f"{archives[index].name}: {found.damage}")
+                else:
                     raise DataError(
                         f"{archives[index].name}: {found.damage}; replace it, or leave it out with -skip_corrupt"
                     )
-                if found.damage:
-                    left_out.append(f"{archives[index].name}: {found.damage}")
-                else:
-                    append(parts / str(index), outputs[split])
                 totals[split].add(found)
                 bar.set_postfix_str(f"{(totals[TRAIN].size + totals[VAL].size) / 1e6:,.1f} MB of text", refresh=False)
                 bar.update()

@@ -1,7 +1,7 @@
 """A GPT over characters, from one attention head up to the model that writes text, and the file it is kept in.
 
-Read it from the top: each class is made of those before it. `Linear` and `Dropout` are torch's own, made faster further
-down; so is `Cache`, which a model does without until it writes text.
+Read it from the top: each class is made of those before it. What only makes it faster comes after: `Linear` and
+`Dropout`, which do as torch's own do, and `Cache`, which a model does without until it writes text.
 
 Shapes: B sequences in a batch, T time steps (characters) in a sequence, C = n_embd numbers per character,
 V = vocab_size characters, H heads of D = head_size numbers each.
@@ -182,8 +182,13 @@ class GPTLanguageModel(nn.Module):
         dropout: float = 0.2,
     ):
         super().__init__()
-        sizes = {"vocab_size": vocab_size, "n_embd": n_embd, "n_head": n_head, "n_layer": n_layer}
-        sizes["block_size"] = block_size
+        sizes = {
+            "vocab_size": vocab_size,
+            "n_embd": n_embd,
+            "n_head": n_head,
+            "n_layer": n_layer,
+            "block_size": block_size,
+        }
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, not {size}")

@@ -776,8 +776,10 @@ def model_flag(args: argparse.Namespace) -> str:
 def check_outputs(args: argparse.Namespace) -> None:
     """Raise TrainingError before a run that could not save what it learns; leave out a picture that can't be drawn."""
     for flag, path in (("model", args.model), ("plot", args.plot)):
-        writable = path is None or (path.parent.is_dir() and os.access(path.parent, os.W_OK))
-        if not writable or (path and path.exists() and not path.is_file()):
+        if path is None:
+            continue
+        writable = path.parent.is_dir() and os.access(path.parent, os.W_OK)
+        if not writable or (path.exists() and not path.is_file()):
             raise TrainingError(f"{path}: -{flag} must name a file in a folder that exists and can be written to")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         print("no picture will be drawn: -plot needs matplotlib, pip install matplotlib", file=sys.stderr)
