@@ -18,12 +18,14 @@ from model import (
     GPTLanguageModel,
     ModelFileError,
     Vocabulary,
+    bounded,
     choose_device,
+    default_dtype,
     first_line,
     is_out_of_memory,
     load_model,
-    number,
-    open_closed_streams,
+    make_parser,
+    prepare_streams,
 )
 
 with contextlib.suppress(ImportError):  # not on Windows
@@ -33,7 +35,7 @@ with contextlib.suppress(ImportError):  # not on Windows
 def encode_prompt(prompt: str, vocabulary: Vocabulary) -> list[int]:
     """The prompt's token ids; characters that the model has never seen become U+FFFD or nothing, with a notice."""
     unknown = sorted(set(prompt) - set(vocabulary.characters))
-    substitute = REPLACEMENT if vocabulary.never else ""
+    substitute = REPLACEMENT if vocabulary.banned_ids else ""
     if unknown:
         names = " ".join(repr(character) for character in unknown)
         fate = "replaced by U+FFFD" if substitute else "left out"
@@ -47,7 +49,7 @@ def answer(prompt: str, model: GPTLanguageModel, vocabulary: Vocabulary, args: a
     ids = encode_prompt(prompt, vocabulary)
     index = torch.tensor([ids], device=args.device).expand(args.batch_size, -1)
     options = {name: getattr(args, name) for name in ("temperature", "top_k", "generator", "caches")}
-    options["never"] = vocabulary.never
+    options["banned_ids"] = vocabulary.banned_ids
     if args.batch_size > 1:
         for i, row in enumerate(model.generate(index, args.max_new_tokens, **options).tolist(), start=1):
             print(f"Completion {i}:\n{vocabulary.decode(row)}")
@@ -86,29 +88,21 @@ def chat(model: GPTLanguageModel, vocabulary: Vocabulary, args: argparse.Namespa
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS,
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description="Talk to a model that training.py has made.",
-    )
-
-    def flag(name: str, **options):
-        parser.add_argument(f"-{name}", f"--{name}", **options)
-
+    parser, flag = make_parser("Talk to a model that training.py has made.")
     flag("model", type=Path, default=Path("model-01.pkl"), help="file of the trained model")
     flag("vocab", type=Path, help="vocab.txt of the model, for a file that holds none, such as the tutorial's")
     flag("prompt", help="answer this prompt and exit; without it, prompts are asked for")
-    flag("max_new_tokens", type=number(int, 1), default=150, help="characters to add to a prompt")
-    flag("temperature", type=number(float, 0), default=0.8, help="0: always the likeliest; 1: as learnt; above: wilder")
-    flag("top_k", type=number(int, 1), help="sample only from the k likeliest characters; without it, from all")
-    flag("seed", type=number(int, 0, below=2**63), help="makes answers repeatable; without it, they differ")
-    flag("batch_size", type=number(int, 1), default=1, help="completions per prompt")
+    flag("max_new_tokens", type=bounded(int, 1), default=150, help="characters to add to a prompt")
+    flag("temperature", type=bounded(float, 0), default=0.8, help="0: always the likeliest; 1: as learnt; more: wilder")
+    flag("top_k", type=bounded(int, 1), help="sample only from the k likeliest characters; without it, from all")
+    flag("seed", type=bounded(int, 0, below=2**63), help="makes answers repeatable; without it, they differ")
+    flag("batch_size", type=bounded(int, 1), default=1, help="completions per prompt")
     flag("device", help="cpu, cuda, cuda:1, ...; without it, cuda if there is one, else cpu")
     flag("dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; without it, what is fast here")
     args = parser.parse_args(arguments)
     dtype_given = args.dtype is not None
-    choose_device(parser, args)
+    args.device = choose_device(parser, args.device)
+    args.dtype = getattr(torch, args.dtype) if args.dtype else default_dtype(args.device)
     if args.device.type == "cpu" and args.batch_size == 1 and not dtype_given:
         args.dtype = torch.float32  # which writes a single sequence 1.1 times as fast as bfloat16
     return args
@@ -136,10 +130,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    open_closed_streams()
+    prepare_streams("replace")
     args = parse_args()
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", errors="replace")
     try:
         return run(args)
     except ModelFileError as error:

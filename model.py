@@ -265,14 +265,14 @@ class GPTLanguageModel(nn.Module):
         temperature: float = 1.0,
         top_k: int | None = None,
         generator: torch.Generator | None = None,
-        never: Sequence[int] = (),
+        banned_ids: Sequence[int] = (),
         caches: list[Cache] | None = None,
     ) -> Iterator[torch.Tensor]:
         """Yield the next token of each sequence (B, 1), `max_new_tokens` times, while the model is in eval mode.
 
         `temperature` divides the logits: below 1 the likely characters get likelier, 0 always takes the likeliest.
-        `top_k` leaves only the k likeliest to choose from, `never` all but these ids. `caches` are those of an earlier
-        call, to be used again. Raises ValueError for bad arguments or ids.
+        `top_k` leaves only the k likeliest to choose from, `banned_ids` are never sampled. `caches` are those of an
+        earlier call, to be used again. Raises ValueError for bad arguments or ids.
 
         While the text fits into `block_size`, caches give exactly what the whole model would. From then on the model
         sees the latest half to whole `block_size` tokens: whenever the window is full, it is started anew from its
@@ -284,9 +284,9 @@ class GPTLanguageModel(nn.Module):
             raise ValueError(f"the context must be one or more token ids from 0 to {vocab_size - 1}")
         if not temperature >= 0 or (top_k is not None and not 0 < top_k <= vocab_size):
             raise ValueError(f"temperature must be 0 or more and top_k between 1 and {vocab_size}")
-        if not set(never) < set(range(vocab_size)):
-            raise ValueError(f"never must be some token ids from 0 to {vocab_size - 1}, not all")
-        banned = torch.tensor(never, dtype=torch.long, device=index.device)
+        if not set(banned_ids) < set(range(vocab_size)):
+            raise ValueError(f"banned_ids must be some token ids from 0 to {vocab_size - 1}, not all")
+        banned = torch.tensor(banned_ids, dtype=torch.long, device=index.device)
         was_training = self.training
         self.eval()
         caches = caches or self.new_caches(len(index))
@@ -413,14 +413,14 @@ class ModelFileError(ValueError):
 class Vocabulary:
     """The characters a model knows, sorted by code point; a character's token id is its place among them.
 
-    `never` holds the id of U+FFFD, if that is one of them: it stands for rare or invalid characters, is read, but never
-    to be written.
+    `banned_ids` holds the id of U+FFFD, if that is one of them: it stands for rare or invalid characters, is read, but
+    never to be written.
     """
 
     def __init__(self, characters: str):
         self.characters = "".join(sorted(set(characters)))
         self.ids = {character: i for i, character in enumerate(self.characters)}
-        self.never = [self.ids[REPLACEMENT]] if REPLACEMENT in self.ids else []
+        self.banned_ids = [self.ids[REPLACEMENT]] if REPLACEMENT in self.ids else []
 
     @classmethod
     def from_file(cls, path: str | Path) -> Vocabulary:
@@ -449,17 +449,29 @@ class Vocabulary:
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator:
-    """A new binary file that takes the place of `path`, whole, once the block has succeeded and it is on the disk."""
-    temporary = Path(f"{path}.tmp")
+def name_file_in_errors(name: str | Path) -> Iterator[None]:
+    """Within it, every OSError names this file. Python names none when a disk is full or a pipe is closed."""
     try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        yield
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error  # on a full disk, Python names none
+        raise OSError(error.errno, error.strerror or str(error), str(name)) from error
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+    """Give a new binary file that replaces `path` when the block has succeeded and all of it is on the disk.
+
+    Until then, what stood at `path` stays as it was. Of a symbolic link the target is replaced. Raises OSError.
+    """
+    target = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
+    temporary = Path(f"{target}.tmp")  # in the same folder, since a file can't be moved to another disk at once
+    try:
+        with name_file_in_errors(path):
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -470,7 +482,7 @@ def save_model(path: str | Path, model: GPTLanguageModel, vocabulary: Vocabulary
     `more` is further data and tensors for `read_model_file` to return.
     """
     content = {"config": model.config, "vocabulary": vocabulary.characters, "weights": model.state_dict(), **more}
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         torch.save(content, file)
 
 
@@ -751,62 +763,110 @@ NAMES |= {f"{module} {name}": Module for module, names in MODULES.items() for na
 
 # What training.py and chatbot.py share of their command lines --------------------------------------------------------
 
-
-def open_closed_streams() -> None:
-    """Let standard streams that this program was started without (`<&-`, `>&-`) lead nowhere."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+METAVARS = {"int": "N", "float": "X", "Path": "FILE"}
 
 
-def first_line(error: Exception) -> str:
-    """What an error says, without the pages that torch.compile may add to it."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+def make_parser(description: str) -> tuple[argparse.ArgumentParser, Callable[..., None]]:
+    """Return a parser, and a function that adds a flag to it: `flag("batch_size", type=int, default=32, help="…")`."""
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False, description=description)
+
+    def flag(name: str, help: str, **options) -> None:
+        takes_value = "action" not in options
+        if takes_value and "choices" not in options:
+            kind = options["type"].__name__ if "type" in options else "str"
+            metavar = "FOLDER" if name.endswith("_dir") else METAVARS.get(kind, "TEXT")
+            options.setdefault("metavar", metavar)
+        if takes_value and options.get("default") is not None:
+            help += " (default: %(default)s)"
+        parser.add_argument(f"-{name}", help=help, **options)
+        # Two dashes work too, but would only double the length of the help.
+        hidden = {**options, "dest": name, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+        parser.add_argument(f"--{name}", **hidden)
+
+    return parser, flag
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says so, or that a size is beyond all memory, which torch and numpy word in many ways."""
-    words = "memory|too big|Storage size|dimension exceeded"
-    return isinstance(error, MemoryError) or re.search(words, str(error)) is not None
-
-
-def number(kind: type, least: float, below: float | None = None):
-    """A type for argparse: an int or a finite float from `least` up."""
-    below = below or (2**31 if kind is int else math.inf)
+def bounded(kind: type, least: float, below: float | None = None) -> Callable:
+    """Return a type for argparse: an int or a finite float of at least `least`, and below `below`."""
+    limit = below or (2**31 if kind is int else math.inf)
 
     def parse(text: str):
         value = kind(text)
-        if not value >= least:
+        if not value >= least:  # so that NaN is refused too
             raise argparse.ArgumentTypeError(f"{text} is not {least} or more")
-        if not value < below:
-            raise argparse.ArgumentTypeError(f"{text} is not below {below}")
+        if not value < limit:
+            raise argparse.ArgumentTypeError(f"{text} is not below {limit}")
         return value
 
     parse.__name__ = kind.__name__  # argparse names it in "invalid int value"
     return parse
 
 
-def choose_device(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Replace `args.device` and `args.dtype`, names or None, by what they stand for here.
+def choose_device(parser: argparse.ArgumentParser, name: str | None) -> torch.device:
+    """Return the device of this name; without one, CUDA if it is there, else the CPU.
 
-    Without a name, the device is CUDA if there is one, else the CPU. Ends the program if the device is not there.
+    Ends the program with a usage error if there is no such device here.
     """
-    name = args.device if args.device is not None else "cuda" if torch.cuda.is_available() else "cpu"
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         probe = torch.zeros(1, device=name)
-        probe.item()
-        args.device = probe.device  # with its number, as cuda:0
+        probe.item()  # fails for devices that only have shapes, such as "meta"
     except (RuntimeError, AssertionError, NotImplementedError, ImportError):
         parser.error(f"argument -device: there is no device {name!r} here")
-    args.dtype = getattr(torch, args.dtype) if args.dtype else default_dtype(args.device)
-    if args.device.type == "cuda":
-        torch.cuda.set_device(args.device)
+    if probe.is_cuda:
+        torch.cuda.set_device(probe.device)
         torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
+    return probe.device  # with its number, as cuda:0
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """What the device multiplies fastest: bfloat16 where it has units for it; else float16 on a GPU, or float32."""
+    """Return the dtype that the device multiplies fastest."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if fast and device.type == "cpu" else torch.float32
+    # A CPU without units for bfloat16 is many times slower with it than with float32.
+    has_units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if device.type == "cpu" and has_units else torch.float32
+
+
+def prepare_streams(encoding_errors: str) -> None:
+    """Let the standard streams handle characters outside their encoding in this way, as "replace" does.
+
+    Streams that the program was started without (`<&-`, `>&-`) lead nowhere from now on. Those of IDLE and Jupyter,
+    which are no files, stay as they are, and so does the encoding, which is the terminal's.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors=encoding_errors)
+
+
+def first_line(error: Exception) -> str:
+    """Return what an error says, without the pages that torch.compile may add to it."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",  # torch on Linux and macOS
+    "DefaultCPUAllocator: not enough memory: you tried to allocate",  # torch on Windows
+    "Storage size calculation overflowed",  # torch, for sizes beyond 64 bits
+    "Maximum allowed dimension exceeded",  # NumPy
+    "array is too big",  # NumPy
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "MPS backend out of memory",
+    "Invalid buffer size",  # MPS
+)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether an error means that memory was too small, by its type or else by a whole phrase of its message.
+
+    The word "memory" alone proves nothing: "an illegal memory access was encountered" is a bug.
+    """
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return any(phrase in str(error) for phrase in OUT_OF_MEMORY)

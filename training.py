@@ -33,21 +33,22 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
+import model as model_module
 from model import (
     MAX_BLOCK_SIZE,
     GPTLanguageModel,
     ModelFileError,
     Vocabulary,
+    atomic_write,
+    bounded,
     build_model,
     choose_device,
     default_dtype,
     first_line,
     is_out_of_memory,
     load_model,
-    number,
-    open_closed_streams,
+    prepare_streams,
     read_model_file,
-    replacing,
     save_model,
 )
 
@@ -394,8 +395,8 @@ def sample_lines(model: GPTLanguageModel, vocabulary: Vocabulary, args: argparse
     """Two lines of what the model writes now, always with the same luck, so that they can be compared."""
     generator = torch.Generator(args.device).manual_seed(args.seed)
     start = torch.tensor([[vocabulary.ids.get("\n", 0)]], device=args.device)
-    never = vocabulary.never if len(vocabulary) > 1 else []
-    text = model.generate(start, 160, temperature=0.8, generator=generator, never=never)
+    banned_ids = vocabulary.banned_ids if len(vocabulary) > 1 else []
+    text = model.generate(start, 160, temperature=0.8, generator=generator, banned_ids=banned_ids)
     text = vocabulary.decode(text[0, 1:].tolist())
     lines = [line[i : i + 80] for line in text.splitlines() for i in range(0, len(line), 80) if line.strip()]
     return ["".join(c if c.isprintable() else " " for c in line) for line in lines[:2]]
@@ -414,7 +415,7 @@ class Metrics:
         self.save()
 
     def save(self) -> None:
-        with replacing(self.path) as file:
+        with atomic_write(self.path) as file:
             for row in (self.COLUMNS, *self.rows):
                 file.write(",".join(map(str, row)).encode() + b"\n")
 
@@ -430,7 +431,7 @@ class Metrics:
         axes.set(xlabel="step", ylabel="loss (nats per character)", title=self.path.name.removesuffix(".metrics.csv"))
         axes.grid(alpha=0.3)
         axes.legend()
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             figure.savefig(file, format=path.suffix[1:], dpi=150)
 
 
@@ -619,42 +620,35 @@ SHAPE = ("n_embd", "n_head", "n_layer", "block_size")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS,
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description="Train a GPT on output_train.txt and keep the best model.",
-    )
-
-    def flag(name: str, **options):
-        parser.add_argument(f"-{name}", f"--{name}", **options)
-
-    flag("batch_size", type=number(int, 1), default=32, help="sequences per optimizer step, over all processes")
-    flag("grad_accum", type=number(int, 1), default=1, help="parts of a step, one after another: takes less memory")
+    parser, flag = model_module.make_parser("Train a GPT on output_train.txt and keep the best model.")
+    flag("batch_size", type=bounded(int, 1), default=32, help="sequences per optimizer step, over all processes")
+    flag("grad_accum", type=bounded(int, 1), default=1, help="parts of a step, one after another: takes less memory")
     flag(
         "block_size",
-        type=number(int, 1, below=MAX_BLOCK_SIZE + 1),
+        type=bounded(int, 1, below=MAX_BLOCK_SIZE + 1),
         default=128,
         help="characters that the model sees at once",
     )
-    flag("max_iters", type=number(int, 1), default=500, help="optimizer steps")
+    flag("max_iters", type=bounded(int, 1), default=500, help="optimizer steps")
     flag("optimizer", choices=("adamw", "muon"), default="adamw", help="muon learns more per step, for the blocks")
     rates = " and ".join(f"{rate} with {optimizer}" for optimizer, rate in LEARNING_RATES.items())
-    flag("learning_rate", type=number(float, 0), help=f"highest learning rate, after the warm-up; without it, {rates}")
-    flag("min_lr", type=number(float, 0), help="learning rate at the end; without it, 0 with muon, a tenth with adamw")
+    flag("learning_rate", type=bounded(float, 0), help=f"highest learning rate, after the warm-up; without it, {rates}")
+    flag("min_lr", type=bounded(float, 0), help="learning rate at the end; without it, 0 with muon, a tenth with adamw")
     warmup = "steps in which the learning rate rises from 0; without it, 150 or at most a third of -max_iters"
-    flag("warmup_iters", type=number(int, 0), help=warmup)
-    flag("weight_decay", type=number(float, 0), default=0.1, help="weight decay, on matrices only")
-    flag("grad_clip", type=number(float, 0), default=1.0, help="longest gradient (norm over all weights); 0: any")
-    flag("n_embd", type=number(int, 1), default=384, help="numbers per character inside the model")
-    flag("n_head", type=number(int, 1), default=4, help="attention heads per layer")
-    flag("n_layer", type=number(int, 1), default=4, help="layers (blocks)")
-    flag("dropout", type=number(float, 0, below=1), default=0.2, help="share of numbers dropped in training")
-    flag("eval_interval", type=number(int, 1), default=100, help="steps from one evaluation to the next")
-    flag("eval_iters", type=number(int, 1), default=8, help="batches per evaluation and text")
-    flag("patience", type=number(int, 1), help="stop after so many evaluations without a better one; without it, never")
-    flag("save_interval", type=number(int, 1), default=100, help="steps from one saved state to the next")
-    flag("seed", type=number(int, 0, below=2**63), default=1337, help="decides initial weights, rows and dropout")
+    flag("warmup_iters", type=bounded(int, 0), help=warmup)
+    flag("weight_decay", type=bounded(float, 0), default=0.1, help="weight decay, on matrices only")
+    flag("grad_clip", type=bounded(float, 0), default=1.0, help="longest gradient (norm over all weights); 0: any")
+    flag("n_embd", type=bounded(int, 1), default=384, help="numbers per character inside the model")
+    flag("n_head", type=bounded(int, 1), default=4, help="attention heads per layer")
+    flag("n_layer", type=bounded(int, 1), default=4, help="layers (blocks)")
+    flag("dropout", type=bounded(float, 0, below=1), default=0.2, help="share of numbers dropped in training")
+    flag("eval_interval", type=bounded(int, 1), default=100, help="steps from one evaluation to the next")
+    flag("eval_iters", type=bounded(int, 1), default=8, help="batches per evaluation and text")
+    flag(
+        "patience", type=bounded(int, 1), help="stop after so many evaluations without a better one; without it, never"
+    )
+    flag("save_interval", type=bounded(int, 1), default=100, help="steps from one saved state to the next")
+    flag("seed", type=bounded(int, 0, below=2**63), default=1337, help="decides initial weights, rows and dropout")
     flag("device", help="cpu, cuda, cuda:1, ...; without it, cuda if there is one, else cpu")
     flag("dtype", choices=("float32", "bfloat16", "float16"), help="for multiplications; without it, what is fast here")
     flag("compile", choices=("on", "off"), help="torch.compile; without it, on with cuda, else off")
@@ -706,7 +700,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     args.start, args.state = start, state
     if args.device in (None, "cuda") and torch.cuda.is_available():
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # a card for each process
-    choose_device(parser, args)
+    args.device = choose_device(parser, args.device)
+    args.dtype = getattr(torch, args.dtype) if args.dtype else default_dtype(args.device)
     args.compile = args.compile or ("on" if args.device.type == "cuda" else "off")
     if args.min_lr is None:
         args.min_lr = 0.0 if args.optimizer == "muon" else args.learning_rate / 10
@@ -830,7 +825,7 @@ def keep_old(model: Path) -> None:
     """Put the files of an earlier run aside; its model also stays where it is, until this run saves one."""
     old = beside(model, f".old{model.suffix or '.pkl'}")
     if model.exists():
-        with replacing(old) as file:
+        with atomic_write(old) as file:
             file.write(model.read_bytes())
         print(f"the earlier {model} is kept as {old}", file=sys.stderr)
     for ending in (".state.pkl", ".metrics.csv"):
@@ -839,13 +834,12 @@ def keep_old(model: Path) -> None:
 
 
 def main() -> int:
-    open_closed_streams()
+    prepare_streams("backslashreplace")  # names of files need not fit the encoding
     errors, who = sys.stderr, f" process {RANK} of {WORLD_SIZE}:" if WORLD_SIZE > 1 else ""
 
     def complain(message: str) -> None:
         print(f"training.py:{who} " + message.replace("\n", r"\n"), file=errors)
 
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not fit the encoding
     if RANK > 0:  # the first process speaks for all
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     try:

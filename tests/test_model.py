@@ -331,22 +331,22 @@ def test_sampling_follows_temperature_and_top_k(model):
     assert not shares[expected == 0].any()
 
 
-@pytest.mark.parametrize(("never", "top_k"), [([0, 7], None), ([2], 4), (list(range(10)), 3)])
-def test_what_is_never_sampled_takes_no_place_among_the_likeliest(model, never, top_k):
+@pytest.mark.parametrize(("banned_ids", "top_k"), [([0, 7], None), ([2], 4), (list(range(10)), 3)])
+def test_what_is_never_sampled_takes_no_place_among_the_likeliest(model, banned_ids, top_k):
     prompt = random_ids(1, 6).expand(20000, 6)
     logits = model(prompt[:1])[0][0, -1].clone()
-    never = logits.argsort(descending=True)[never]
-    logits[never] = -math.inf
-    top_k_of_rest = min(top_k or len(logits), len(logits) - len(never))
+    banned_ids = logits.argsort(descending=True)[banned_ids]
+    logits[banned_ids] = -math.inf
+    top_k_of_rest = min(top_k or len(logits), len(logits) - len(banned_ids))
     generator = torch.Generator().manual_seed(9)
-    drawn = model.generate(prompt, 1, top_k=top_k, generator=generator, never=never.tolist())[:, -1]
+    drawn = model.generate(prompt, 1, top_k=top_k, generator=generator, banned_ids=banned_ids.tolist())[:, -1]
     likeliest = logits.topk(top_k_of_rest).indices
     expected = torch.zeros(len(logits))
     expected[likeliest] = torch.softmax(logits[likeliest], dim=0)
     shares = drawn.bincount(minlength=len(logits)) / len(drawn)
     torch.testing.assert_close(shares, expected, atol=0.015, rtol=0)
     assert not shares[expected == 0].any()
-    greedy = model.generate(prompt[:1], 1, temperature=0, never=never.tolist())[0, -1]
+    greedy = model.generate(prompt[:1], 1, temperature=0, banned_ids=banned_ids.tolist())[0, -1]
     assert greedy == logits.argmax()
 
 
@@ -378,9 +378,9 @@ def test_generation_needs_no_gradients_and_leaves_the_mode_as_it_was(model, trai
         (torch.tensor([[0]]), {"temperature": math.nan}),
         (torch.tensor([[0]]), {"top_k": 0}),
         (torch.tensor([[0]]), {"top_k": 12}),
-        (torch.tensor([[0]]), {"never": range(11)}),
-        (torch.tensor([[0]]), {"never": [11]}),
-        (torch.tensor([[0]]), {"never": [-1]}),
+        (torch.tensor([[0]]), {"banned_ids": range(11)}),
+        (torch.tensor([[0]]), {"banned_ids": [11]}),
+        (torch.tensor([[0]]), {"banned_ids": [-1]}),
     ],
 )
 def test_generation_refuses_bad_ids_and_options(model, index, options):
