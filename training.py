@@ -4,13 +4,15 @@
     python training.py -resume
     torchrun --standalone --nproc_per_node=8 training.py -batch_size 256
 
-The texts are memory-mapped, never read whole: a step draws random places in the training text, takes `block_size` + 1
-characters from each, and asks the model to predict every character from those before it. Started by `torchrun`, many
-processes share the rows of each step.
+A step draws random places in the training text, takes `block_size` + 1 characters from each, and asks the model to
+predict every character from those before it. The texts are memory-mapped, so they may be larger than memory. Started by
+`torchrun`, several processes share the rows of each step.
 
 Beside the best model a run keeps `model-01.state.pkl`, from which `-resume` goes on as if nothing had happened, and
-`model-01.metrics.csv`, a line for each evaluation.
+`model-01.metrics.csv`, with a row for each evaluation.
 """
+
+from __future__ import annotations
 
 import argparse
 import importlib.util
@@ -21,19 +23,21 @@ import re
 import signal
 import sys
 import time
+import zlib
 from codecs import utf_8_decode
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
-from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-import model as model_module
 from model import (
     MAX_BLOCK_SIZE,
     GPTLanguageModel,
@@ -47,44 +51,172 @@ from model import (
     first_line,
     is_out_of_memory,
     load_model,
+    make_parser,
+    name_file_in_errors,
     prepare_streams,
     read_model_file,
     save_model,
 )
 
-RANK = int(os.environ.get("RANK", 0))  # of this process among those that torchrun has started
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many these are
-MEMORY = 80_000  # tokens over which AdamW averages a gradient's square
-STEP, EVALUATION = 0, 1  # what rows of text are drawn for
-CHUNK = 2**24  # bytes
-ADAMW_SHARE = 0.075  # AdamW's learning rate beside Muon, as a share of Muon's
+# torchrun tells each process which one it is, and how many there are.
+RANK = int(os.environ.get("RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+
+# What random numbers are drawn for: each use has a key of its own, so that no two uses see the same numbers.
+TRAIN_ROWS, EVAL_ROWS, DROPOUT = range(3)
+
 LEARNING_RATES = {"adamw": 3e-3, "muon": 0.02}
-RISING = 5  # evaluations without a better one until the run says so
+ADAMW_SHARE_BESIDE_MUON = 0.075  # of Muon's learning rate
+ADAMW_AVERAGING_TOKENS = 80_000  # over which AdamW averages the square of a gradient
+PLATEAU_EVALUATIONS = 5  # without a better one, after which the run says so
+CHUNK = 2**24  # bytes of text looked at in one go
+STATE_VERSION = 2  # of the state files; others can't be resumed
 
 
 class TrainingError(Exception):
     """Training can't start or go on; the message says why and what to do."""
 
 
+# The training loop ---------------------------------------------------------------------------------------------------
+
+
+class Run(NamedTuple):
+    """All that a run is made of. The loop changes the model, the optimizer and the record."""
+
+    settings: Settings
+    model: GPTLanguageModel
+    vocabulary: Vocabulary
+    train_text: Text
+    val_text: Text
+    optimizer: Optimizer
+    record: Record
+
+
+def train(run: Run, interruption: Interruption) -> None:
+    """Train until the last step, until `-patience` is exhausted or until a signal arrives.
+
+    Save the best model, the state and the metrics on the way. Raises OSError, and TrainingError once the loss is no
+    longer a number.
+    """
+    settings, model, optimizer, record = run.settings, run.model, run.optimizer, run.record
+    evaluation = evaluation_rows(run)
+    forward = prepare_forward(run)
+    started = time.monotonic() - record.seconds
+    with Progress(settings, record.step, evaluation) as progress:
+        while not (is_finished(record, settings) or interruption.received_by_any()):
+            # 1. Draw a batch, and seed dropout. Both depend on the step alone, so a resumed run sees the same ones.
+            inputs, targets = get_batch(run.train_text, record.step, settings)
+            torch.manual_seed(random_seed(settings.seed, record.step, DROPOUT, RANK))
+
+            # 2. Forward and backward, in `grad_accum` parts; their gradients add up.
+            model.zero_grad(set_to_none=True)
+            losses = []
+            for x, y in zip(inputs.chunk(settings.grad_accum), targets.chunk(settings.grad_accum)):
+                is_last = len(losses) == settings.grad_accum - 1
+                with sharing_gradients(forward, is_last):
+                    with autocast(settings.device, settings.dtype):
+                        _, loss = forward(x, y)
+                    optimizer.scaler.scale(loss / settings.grad_accum).backward()
+                losses.append(loss.detach())
+            loss = torch.stack(losses).mean()
+
+            # 3. Step: move the weights against their gradients.
+            optimizer.step(learning_rate_at(record.step, settings), settings.grad_clip)
+            record.step += 1
+            record.seconds = time.monotonic() - started
+
+            # 4. Show the progress. Reading the loss waits for a GPU, so it is read only when it is shown or saved.
+            if progress.is_due():
+                progress.show(record.step, check_loss(loss.item(), run))
+
+            # 5. Evaluate, and keep the model if it is the best so far.
+            is_evaluated = record.step % settings.eval_interval == 0 or record.step == settings.max_iters
+            if is_evaluated:
+                train_loss, val_loss = evaluate(model, evaluation, settings)
+                is_best = record.add(train_loss, check_loss(val_loss, run), settings)
+                if RANK == 0:
+                    save_evaluation(run, is_best)
+                    progress.print(describe_evaluation(run, is_best))
+
+            # 6. Save the state, from which `-resume` goes on.
+            if is_evaluated or record.step % settings.save_interval == 0:
+                check_loss(loss.item(), run)
+                save_state(run)
+
+
+def is_finished(record: Record, settings: Settings) -> bool:
+    is_out_of_patience = 0 < settings.patience <= record.evaluations_since_best
+    return record.step >= settings.max_iters or is_out_of_patience
+
+
+def check_loss(loss: float, run: Run) -> float:
+    """Return the loss. Raises TrainingError if it is no longer a number."""
+    if math.isfinite(loss):
+        return loss
+    step, rate = run.record.step, learning_rate_at(run.record.step - 1, run.settings)
+    kept = f"; the best model so far is in {run.settings.model}" if run.record.best_loss < math.inf else ""
+    raise TrainingError(
+        f"the loss is {loss} after step {step}, at learning rate {rate:.2g}; "
+        f"try a lower -learning_rate or a longer -warmup_iters{kept}"
+    )
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Return a context that multiplies matrices in `dtype`; weights, norms and losses stay in float32."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def random_seed(*key: int) -> int:
+    """Return a seed for torch that depends on all numbers of the key."""
+    return int(np.random.default_rng(key).integers(2**63))
+
+
+def prepare_forward(run: Run) -> torch.nn.Module:
+    """Return what runs the model in training: the model, compiled and shared among processes where that is wanted."""
+    forward = run.model.train()
+    if run.settings.compile == "on":
+        forward = compile_model(run.model, get_batch(run.train_text, 0, run.settings), run.settings)
+    if WORLD_SIZE > 1:
+        forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
+    return forward
+
+
+def compile_model(model: GPTLanguageModel, batch: tuple, settings: Settings) -> torch.nn.Module:
+    """Return the model, compiled for such batches; or the model as it is, with a notice, where that can't be done."""
+    show("compiling   the model, which takes a minute or so ...")
+    forward = torch.compile(model)
+    started = time.monotonic()
+    inputs, targets = (part.chunk(settings.grad_accum)[0] for part in batch)
+    try:
+        with autocast(settings.device, settings.dtype):
+            _, loss = forward(inputs, targets)
+        loss.backward()
+    except Exception as error:  # no compiler, or one of many things that it can't do
+        print(f"-compile on: can't be done here, training goes on without: {first_line(error)}", file=sys.stderr)
+        return model
+    show(f"compiled    in {time.monotonic() - started:.0f} s")
+    return forward
+
+
 # Text ----------------------------------------------------------------------------------------------------------------
 
 
 class Text:
-    """A memory-mapped UTF-8 text from which random rows of token ids are drawn.
+    """A UTF-8 text from which rows of token ids are drawn at random.
 
-    Only the parts that are drawn are ever read, so a text may be larger than memory. Raises OSError, and TrainingError
-    for a text too short for a single row.
+    It is memory-mapped: only the parts that are drawn are ever read, so a text may be larger than memory. Raises
+    OSError, and TrainingError for a text too short for a single row.
     """
 
     def __init__(self, path: Path, vocabulary: Vocabulary, block_size: int):
-        self.path, self.row_length = path, block_size + 1
-        with open(path, "rb") as file:
-            self.size = os.fstat(file.fileno()).st_size
-            self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else b""
-        if self.size and hasattr(mmap, "MADV_RANDOM"):  # or the system reads megabytes around every row
-            self.bytes.madvise(mmap.MADV_RANDOM)
+        self.path = path
+        self.row_length = block_size + 1
+        self.bytes = map_file(path)
         self.array = np.frombuffer(self.bytes, dtype=np.uint8)
-        tail = self.array[-4 * self.row_length :]  # a character has at most 4 bytes
+        self.size = len(self.bytes)
+        # A row may start only where a whole row follows. A character has at most 4 bytes, so the last such start is in
+        # these last bytes.
+        tail = self.array[-4 * self.row_length :]
         starts = np.flatnonzero(~is_continuation(tail))
         if len(starts) < self.row_length:
             raise TrainingError(
@@ -92,45 +224,48 @@ class Text:
                 "use a longer text or a smaller block"
             )
         self.last_start = self.size - len(tail) + int(starts[-self.row_length])
-        self.ids = np.full(sys.maxunicode + 1, -1, dtype=np.int64)  # code point -> token id
+        # Every code point's token id; -1 for characters outside the vocabulary.
+        self.ids = np.full(sys.maxunicode + 1, -1, dtype=np.int64)
         self.ids[[ord(character) for character in vocabulary.characters]] = np.arange(len(vocabulary))
 
+    def fingerprint(self) -> list[int]:
+        """Return the size and a checksum of 16 places: enough to notice another text, however long it is."""
+        places = [self.size * i // 16 for i in range(16)] + [max(0, self.size - 4096)]
+        return [self.size, zlib.crc32(b"".join(self.bytes[place : place + 4096] for place in places))]
+
     def draw_offsets(self, count: int, key: list[int]) -> np.ndarray:
-        """Byte offsets of `count` independent uniformly drawn characters; `key` alone decides which."""
+        """Draw `count` characters uniformly; return their byte offsets, which depend on `key` alone."""
         random = np.random.default_rng(key)
         offsets = random.integers(0, self.last_start, count, endpoint=True)
+        # Draw again what fell inside a character; else characters of many bytes would be drawn more often.
         while (inside := is_continuation(self.array[offsets])).any():
             offsets[inside] = random.integers(0, self.last_start, np.count_nonzero(inside), endpoint=True)
         return offsets
 
     def windows(self) -> tuple[np.ndarray, int]:
-        """The whole text in rows that share only one character: byte offsets, and the length of the last row.
+        """Cut the whole text into rows of block_size + 1 that share one character, so that each is predicted once.
 
-        So every character but the very first is predicted exactly once.
+        Return the byte offsets of the rows, and the length of the last row in characters, which may be shorter.
         """
         block_size = self.row_length - 1
-        found, count = [], 0
+        offsets = []
+        count = 0  # characters so far
         for start in range(0, self.size, CHUNK):
             characters = np.flatnonzero(~is_continuation(self.array[start : start + CHUNK]))
-            found.append(start + characters[-count % block_size :: block_size])
+            first = -count % block_size  # of these characters, the first that begins a row
+            offsets.append(start + characters[first::block_size])
             count += len(characters)
-        windows = -(-(count - 1) // block_size)  # a last character alone predicts nothing
-        return np.concatenate(found)[:windows], count - (windows - 1) * block_size
+        rows = -(-(count - 1) // block_size)  # rounded up; the last character predicts nothing
+        return np.concatenate(offsets)[:rows], count - (rows - 1) * block_size
 
     def rows(self, offsets: np.ndarray, length: int | None = None) -> np.ndarray:
-        """Token ids (len(offsets), length) of the texts that begin at these bytes; a row has block_size + 1 by default.
+        """Return the token ids (len(offsets), length) of the rows that begin at these bytes.
 
-        Raises TrainingError if that is not UTF-8, or not in the vocabulary.
+        A row has block_size + 1 characters unless told otherwise. Raises TrainingError if the text there is not UTF-8,
+        or not in the vocabulary.
         """
-        texts, length = [], length or self.row_length
-        for offset in offsets.tolist():
-            try:  # decodes whole characters and leaves out the one that may be torn at the end
-                text, _ = utf_8_decode(self.bytes[offset : offset + 4 * length], "strict", False)
-            except UnicodeDecodeError as error:
-                raise TrainingError(f"{self.path}: not UTF-8 text at byte {offset + error.start}") from error
-            if len(text) < length:
-                raise TrainingError(f"{self.path}: ends inside a character; it was cut short")
-            texts.append(text[:length])
+        length = length or self.row_length
+        texts = [self.characters(offset, length) for offset in offsets.tolist()]
         code_points = np.frombuffer("".join(texts).encode("utf-32-le"), dtype=np.uint32)
         ids = self.ids[code_points].reshape(len(offsets), length)
         if ids.min() < 0:
@@ -142,118 +277,159 @@ class Text:
             )
         return ids
 
+    def characters(self, offset: int, length: int) -> str:
+        """Return the `length` characters that begin at this byte. Raises TrainingError."""
+        try:
+            # Not the end of the text, so the last character may be torn: leave it out.
+            text, _ = utf_8_decode(self.bytes[offset : offset + 4 * length], "strict", False)
+        except UnicodeDecodeError as error:
+            raise TrainingError(f"{self.path}: not UTF-8 text at byte {offset + error.start}") from error
+        if len(text) < length:
+            raise TrainingError(f"{self.path}: ends inside a character; it was cut short")
+        return text[:length]
+
+
+def map_file(path: Path) -> mmap.mmap | bytes:
+    """Memory-map a file. Where the file system can't do that, read it whole. Raises OSError."""
+    with name_file_in_errors(path), open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size == 0:  # which can't be mapped
+            return b""
+        try:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:  # as on some network drives and shared folders
+            print(f"{path}: read into memory, as it can't be mapped here ({error.strerror})", file=sys.stderr)
+            return file.read()
+        if hasattr(mmap, "MADV_RANDOM"):  # or the system reads megabytes around every row
+            mapped.madvise(mmap.MADV_RANDOM)
+        return mapped
+
 
 def is_continuation(array: np.ndarray) -> np.ndarray:
-    """Which bytes of UTF-8 text are inside a character, not at the start of one."""
-    return (array & 0xC0) == 0x80
+    """Return which bytes of UTF-8 text are inside a character, not at its start: those of the form 10xxxxxx."""
+    return (array & 0b1100_0000) == 0b1000_0000
 
 
-def get_batch(text: Text, step: int, args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and targets of a step, token ids (B, T) each: the targets are the characters that follow the inputs.
+def get_batch(text: Text, step: int, settings: Settings) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return inputs and targets of a step, token ids (B, T) each: the targets are the characters after the inputs.
 
-    The rows of a step depend on seed and step alone; of the `batch_size` of them, each process takes its share, B.
+    Seed and step alone decide which rows these are. Each process takes its share of them, B = batch_size / processes.
     """
-    offsets = text.draw_offsets(args.batch_size, [args.seed, step, STEP])
-    share = args.batch_size // WORLD_SIZE
+    offsets = text.draw_offsets(settings.batch_size, [settings.seed, step, TRAIN_ROWS])
+    share = settings.batch_size // WORLD_SIZE
     rows = torch.from_numpy(text.rows(offsets[RANK * share :][:share]))
-    cuda = args.device.type == "cuda"  # which can copy from pinned memory while it computes
-    rows = (rows.pin_memory() if cuda else rows).to(args.device, non_blocking=cuda)
+    if settings.device.type == "cuda":  # which copies from pinned memory while it computes
+        rows = rows.pin_memory().to(settings.device, non_blocking=True)
+    else:
+        rows = rows.to(settings.device)
     return rows[:, :-1], rows[:, 1:]
 
 
-# Learning ------------------------------------------------------------------------------------------------------------
+# Optimizing ----------------------------------------------------------------------------------------------------------
 
 
-def learning_rate_at(step: int, args: argparse.Namespace) -> float:
-    """Linear warm-up to `learning_rate`, then a cosine down to `min_lr` at the last step."""
-    if step < args.warmup_iters:
-        return args.learning_rate * (step + 1) / args.warmup_iters
-    progress = (step - args.warmup_iters) / max(1, args.max_iters - args.warmup_iters)
-    return args.min_lr + (args.learning_rate - args.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+def learning_rate_at(step: int, settings: Settings) -> float:
+    """Return the learning rate: a linear warm-up, then a cosine down to `min_lr` at the last step."""
+    if step < settings.warmup_iters:
+        return settings.learning_rate * (step + 1) / settings.warmup_iters
+    progress = (step - settings.warmup_iters) / max(1, settings.max_iters - settings.warmup_iters)
+    return settings.min_lr + (settings.learning_rate - settings.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def beta2(args: argparse.Namespace) -> float:
-    """What AdamW keeps of its average square in a step: less, the more tokens a step has, as the noise is less.
+def adamw_beta2(tokens_per_step: int) -> float:
+    """Return AdamW's beta2: larger batches are less noisy, so the average needs fewer steps.
 
-    Marek et al. 2025, "Small Batch Size Training for Language Models", keeps its half-life in tokens fixed.
+    Marek et al. 2025, "Small Batch Size Training for Language Models", keep its half-life in tokens fixed.
     """
-    return min(max(0.95, 1 - args.batch_size * args.block_size / MEMORY), 0.999)
+    return min(max(0.95, 1 - tokens_per_step / ADAMW_AVERAGING_TOKENS), 0.999)
 
 
-class Muon(torch.optim.Muon):
-    """torch's Muon for the matrices inside the blocks: a step turns each of them equally far in all directions.
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalized: each update moves a matrix equally far in all directions, frequent and rare ones.
 
-    Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks". The heads' matrices of a layer are
-    joined, queries, keys and values apart: a loss of 1.582 where heads one by one gave 1.588 (means of two seeds).
+    Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks". Each group holds parameters of one
+    shape (rows, columns). `joined` of them in a row make up one matrix, as the heads of a layer do.
     """
 
-    def __init__(self, model: GPTLanguageModel, weight_decay: float):
-        self.heads = [
-            [getattr(head, part).weight for head in block.sa.heads]
-            for block in model.blocks
-            for part in ("query", "key", "value")
-        ]
-        self.joined = [torch.nn.Parameter(torch.cat(weights)) for weights in self.heads]
-        for joined, weights in zip(self.joined, self.heads):
-            for weight, rows in zip(weights, joined.data.chunk(len(weights))):
-                weight.data = rows
-        self.taken = {p for p in model.blocks.parameters() if p.dim() == 2}
-        alone = self.taken.difference(*self.heads)
-        super().__init__([*self.joined, *(p for p in model.parameters() if p in alone)], weight_decay=weight_decay)
-        fast = default_dtype(model.lm_head.weight.device)
-        self.precision = nullcontext() if fast == torch.bfloat16 else Float32()
+    def __init__(self, groups: list[dict], weight_decay: float):
+        super().__init__(groups, {"lr": 0.0, "weight_decay": weight_decay, "momentum": 0.95, "joined": 1})
 
-    def join_gradients(self) -> None:
-        """Has to come before each step."""
-        for joined, weights in zip(self.joined, self.heads):
-            joined.grad = torch.cat([weight.grad for weight in weights])
-
+    @torch.no_grad()
     def step(self) -> None:
-        with self.precision:
-            super().step()
+        for group in self.param_groups:
+            parameters = group["params"]
+            gradients = torch.stack([parameter.grad for parameter in parameters])  # (N, rows, columns)
+            momentum = self.state[parameters[0]].setdefault("momentum", torch.zeros_like(gradients))
+            momentum.lerp_(gradients, 1 - group["momentum"])
+            update = gradients.lerp(momentum, group["momentum"])  # Nesterov's: look one step ahead
+            matrices = update.unflatten(0, (-1, group["joined"])).flatten(1, 2)  # (N / joined, joined * rows, columns)
+            update = orthogonalize(matrices).reshape(update.shape)
+            # Tall matrices get longer updates: their rows outnumber the directions that there are.
+            tallness = max(1, matrices.shape[1] / matrices.shape[2]) ** 0.5
+            for parameter, change in zip(parameters, update):
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(change, alpha=-group["lr"] * tallness)
 
 
-class Float32(TorchFunctionMode):
-    """Within it, nothing is cast to bfloat16, as torch's Muon does: 100 times slower on a CPU without units for it."""
+def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
+    """Move all singular values of each matrix to about 1: (N, rows, columns) -> (N, rows, columns).
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        return args[0].clone() if function is torch.Tensor.bfloat16 else function(*args, **(kwargs or {}))
+    Jordan et al. 2024: five steps of a Newton-Schulz iteration, x <- a x + b (x x^T) x + c (x x^T)^2 x. It only
+    multiplies, so it is much faster than a singular value decomposition.
+    """
+    is_tall = matrices.shape[1] > matrices.shape[2]
+    # bfloat16 is exact enough. float16 is not: the iteration would overflow.
+    fast = default_dtype(matrices.device) == torch.bfloat16
+    x = matrices.to(torch.bfloat16 if fast else torch.float32)
+    if is_tall:
+        x = x.mT  # so that x x^T is the smaller of the two products
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # it converges from singular values up to 1
+    for _ in range(5):
+        square = x @ x.mT
+        factor = torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, factor, x, beta=3.4445)
+    if is_tall:
+        x = x.mT
+    return x
 
 
 class Optimizer:
-    """AdamW (Loshchilov and Hutter 2019) for everything, or for what Muon leaves: embeddings, norms, biases, head.
+    """AdamW (Loshchilov and Hutter 2019) for all weights; or Muon for the matrices in the blocks, AdamW for the rest.
 
-    Only matrices decay: biases and norms have no need of it. `scaler` keeps small gradients from vanishing in float16.
+    Weight decay applies to matrices only: biases and norms have no need of it. `scaler` keeps small gradients from
+    vanishing in float16, and does nothing for other dtypes.
     """
 
-    def __init__(self, model: GPTLanguageModel, args: argparse.Namespace):
-        self.args = args
-        self.muon = Muon(model, args.weight_decay) if args.optimizer == "muon" else None
-        taken = self.muon.taken if self.muon else set()
-        others = [p for p in model.parameters() if p not in taken]
-        share = ADAMW_SHARE if self.muon else 1.0  # of the learning rate
-        groups = [
-            {"params": [p for p in others if p.dim() >= 2], "weight_decay": args.weight_decay, "share": share},
-            {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0, "share": share},
-        ]
-        adamw = torch.optim.AdamW(groups, betas=(0.9, beta2(args)), fused=True)
-        self.parts = [self.muon, adamw] if self.muon else [adamw]
-        self.scaler = torch.amp.GradScaler(args.device.type, enabled=args.dtype == torch.float16)
+    def __init__(self, model: GPTLanguageModel, settings: Settings):
+        muon_groups = matrices_in_blocks(model) if settings.optimizer == "muon" else []
+        taken = {parameter for group in muon_groups for parameter in group["params"]}
+        others = [parameter for parameter in model.parameters() if parameter not in taken]
+        matrices = [parameter for parameter in others if parameter.dim() >= 2]
+        vectors = [parameter for parameter in others if parameter.dim() < 2]
+        adamw = torch.optim.AdamW(
+            [
+                {"params": matrices, "weight_decay": settings.weight_decay},
+                {"params": vectors, "weight_decay": 0.0},
+            ],
+            betas=(0.9, adamw_beta2(settings.batch_size * settings.block_size)),
+            fused=True,
+        )
+        self.parts: list[torch.optim.Optimizer] = [adamw]
+        for group in adamw.param_groups:
+            group["share"] = ADAMW_SHARE_BESIDE_MUON if taken else 1.0  # of the learning rate
+        if taken:
+            self.parts.insert(0, Muon(muon_groups, settings.weight_decay))
+        self.scaler = torch.amp.GradScaler(settings.device.type, enabled=settings.dtype == torch.float16)
 
-    @property
-    def groups(self) -> list[dict]:
-        return [group for part in self.parts for group in part.param_groups]
-
-    def step(self, step: int) -> None:
-        """Change the weights by their gradients, at the learning rate of this step."""
-        if self.muon:
-            self.muon.join_gradients()
+    def step(self, learning_rate: float, grad_clip: float) -> None:
+        """Clip the gradients to a norm of `grad_clip` over all weights (0: don't), and move the weights."""
+        groups = [group for part in self.parts for group in part.param_groups]
         for part in self.parts:
             self.scaler.unscale_(part)
-        parameters = [p for group in self.groups for p in group["params"]]
-        torch.nn.utils.clip_grad_norm_(parameters, self.args.grad_clip or math.inf)
-        for group in self.groups:
-            group["lr"] = learning_rate_at(step, self.args) * group.get("share", 1.0)
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
+        for group in groups:
+            group["lr"] = learning_rate * group.get("share", 1.0)
         for part in self.parts:
             self.scaler.step(part)
         self.scaler.update()
@@ -262,392 +438,561 @@ class Optimizer:
         return {"parts": [part.state_dict()["state"] for part in self.parts], "scaler": self.scaler.state_dict()}
 
     def restore(self, state: dict) -> None:
-        """Raises one of many exceptions for anything but the state of such an optimizer."""
-        self.scaler.load_state_dict(state["scaler"])
+        """Go back to a saved state. Raises one of many exceptions for anything but the state of such an optimizer."""
+        if self.scaler.is_enabled() and state["scaler"]:  # it has none if the run was in another dtype so far
+            self.scaler.load_state_dict(state["scaler"])
         for part, saved in zip(self.parts, state["parts"], strict=True):
+            expected = shapes_of_state(part)
             part.load_state_dict({**part.state_dict(), "state": saved})
-            if len(saved) not in (0, sum(len(group["params"]) for group in part.param_groups)):
-                raise ValueError("the state of another model")
-            for parameter, values in part.state.items():  # the fused step trusts these shapes blindly
-                if part is self.muon:
-                    shapes = {"momentum_buffer": parameter.shape}
-                else:
-                    shapes = {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
-                if {name: value.shape for name, value in values.items()} != shapes:
-                    raise ValueError("the state of another optimizer or model")
+            found = {
+                parameter: {name: value.shape for name, value in values.items()}
+                for parameter, values in part.state.items()
+            }
+            if found not in ({}, expected):  # the fused step trusts the shapes blindly
+                raise ValueError("the state of another optimizer or model")
 
 
-def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Within it, multiplications are done in `dtype`; weights, norms and losses stay in float32."""
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+def matrices_in_blocks(model: GPTLanguageModel) -> list[dict]:
+    """Return the matrices inside the blocks in groups of one shape, for Muon; the heads of a layer are joined."""
+    heads = [
+        getattr(head, part).weight
+        for block in model.blocks
+        for part in ("query", "key", "value")
+        for head in block.sa.heads
+    ]
+    return [
+        {"params": heads, "joined": len(model.blocks[0].sa.heads)},
+        {"params": [block.sa.proj.weight for block in model.blocks]},
+        {"params": [block.ffwd.net[0].weight for block in model.blocks]},
+        {"params": [block.ffwd.net[2].weight for block in model.blocks]},
+    ]
 
 
-def train_step(
-    forward: torch.nn.Module,
-    optimizer: Optimizer,
-    batch: tuple[torch.Tensor, torch.Tensor],
-    step: int,
-    args: argparse.Namespace,
-) -> torch.Tensor:
-    """Learn from the inputs and targets of one step; return their loss, still on its device.
-
-    `forward` is the model, or what runs it in several processes or compiled.
-    """
-    # A generator seeded for each step needs no saving, and is another one in each process.
-    torch.manual_seed(int(np.random.default_rng([args.seed, step, RANK]).integers(2**63)))
-    forward.zero_grad(set_to_none=True)
-    losses = []
-    for x, y in zip(*(part.chunk(args.grad_accum) for part in batch)):
-        last = len(losses) == args.grad_accum - 1
-        with nullcontext() if last or WORLD_SIZE == 1 else forward.no_sync():  # gradients are sent once
-            with autocast(args.device, args.dtype):
-                _, loss = forward(x, y)
-            optimizer.scaler.scale(loss / args.grad_accum).backward()
-        losses.append(loss.detach())
-    optimizer.step(step)
-    return torch.stack(losses).mean()
+def shapes_of_state(part: torch.optim.Optimizer) -> dict:
+    """Return the shapes of what an optimizer keeps after its first step, by parameter and name."""
+    shapes = {}
+    for group in part.param_groups:
+        parameters = group["params"]
+        if isinstance(part, Muon):
+            shapes[parameters[0]] = {"momentum": (len(parameters), *parameters[0].shape)}
+            continue
+        for parameter in parameters:
+            shapes[parameter] = {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+    return shapes
 
 
-def compiled(
-    model: GPTLanguageModel, batch: tuple[torch.Tensor, torch.Tensor], args: argparse.Namespace
-) -> torch.nn.Module:
-    """The model, compiled for such batches; as it is, with a notice, where that can't be done."""
-    print("compiling   the model, which takes a minute or so ...", flush=True)
-    forward, started = torch.compile(model), time.monotonic()
-    try:
-        with autocast(args.device, args.dtype):
-            _, loss = forward(*(part.chunk(args.grad_accum)[0] for part in batch))
-        loss.backward()
-    except Exception as error:  # no compiler, or one of many things that it can't do
-        print(f"-compile on: can't be done here, training goes on without: {first_line(error)}", file=sys.stderr)
-        return model
-    print(f"compiled    in {time.monotonic() - started:.0f} s", flush=True)
-    return forward
-
-
-# Many processes ------------------------------------------------------------------------------------------------------
+# Several processes ---------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def process_group(args: argparse.Namespace) -> Iterator[None]:
-    """Connects the processes that torchrun has started, if it has."""
+def process_group(device: torch.device) -> Iterator[None]:
+    """Connect the processes that torchrun has started, if it has, while the block runs."""
     if WORLD_SIZE == 1:
         yield
         return
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo")
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     yield
     distributed.destroy_process_group()
 
 
-def over_processes(values: torch.Tensor, operation: str = "SUM") -> torch.Tensor:
-    """The values of all processes as one."""
+def all_reduce(values: torch.Tensor, operation: str = "SUM") -> torch.Tensor:
+    """All-reduce `values` across processes, in place, and return them."""
     if WORLD_SIZE > 1 and distributed.is_initialized():
         distributed.all_reduce(values, getattr(distributed.ReduceOp, operation))
     return values
 
 
+def sharing_gradients(forward: torch.nn.Module, is_last: bool):
+    """Return a context whose backward pass shares gradients among processes only for the last part of a step."""
+    if is_last or WORLD_SIZE == 1:
+        return nullcontext()
+    return forward.no_sync()
+
+
 # Evaluating ----------------------------------------------------------------------------------------------------------
 
 
-Batches = list[tuple[np.ndarray, int]]  # byte offsets of rows, and the length of these rows
+class Rows(NamedTuple):
+    """The rows of a text to evaluate on, in batches of byte offsets and the length of a row in characters."""
+
+    text: Text
+    batches: list[tuple[np.ndarray, int]]
+    is_whole: bool  # whether they make up the whole text
 
 
-def evaluation_batches(text: Text, limit: int, count: int, args: argparse.Namespace) -> tuple[Batches, bool]:
-    """The rows to evaluate on, and whether they are the whole text, which they are if it has at most `limit` rows.
+def evaluation_rows(run: Run) -> list[Rows]:
+    """Return this process's share of the rows to evaluate on, of the training text and of the validation text.
 
-    Else they are `count` rows from anywhere in it, the same ones every time.
+    A validation text is evaluated whole if that takes at most 4 % of the time: a row costs a third of what it costs in
+    training. The rows depend on no flag that -resume may change, so that "best" always compares the same rows.
     """
-    tail = []
-    whole = text.size <= 4 * args.block_size * limit and len(text.windows()[0]) <= limit
-    if whole:
-        offsets, length = text.windows()
-        offsets, tail = offsets[:-1], [(offsets[-1:], length)]
+    settings = run.settings
+    count = settings.eval_iters * settings.batch_size
+    limit = int(0.12 * settings.eval_interval * settings.batch_size)
+    rows = [choose_rows(run.train_text, 0, count, settings), choose_rows(run.val_text, limit, count, settings)]
+    return [part._replace(batches=part.batches[RANK::WORLD_SIZE]) for part in rows]
+
+
+def choose_rows(text: Text, limit: int, count: int, settings: Settings) -> Rows:
+    """Return all rows of a text that has at most `limit`; else `count` from anywhere, always the same ones."""
+    last = []
+    # The size alone rules out most long texts, without reading them.
+    is_whole = text.size <= 4 * settings.block_size * limit and len(text.windows()[0]) <= limit
+    if is_whole:
+        offsets, last_length = text.windows()
+        last = [(offsets[-1:], last_length)]
+        offsets = offsets[:-1]
     else:
-        offsets = text.draw_offsets(count, [args.seed, 0, EVALUATION])
-    size = args.batch_size // (WORLD_SIZE * args.grad_accum)
-    return [(offsets[i : i + size], args.block_size + 1) for i in range(0, len(offsets), size)] + tail, whole
+        offsets = text.draw_offsets(count, [settings.seed, 0, EVAL_ROWS])
+    size = settings.batch_size // (WORLD_SIZE * settings.grad_accum)
+    batches = [(offsets[i : i + size], settings.block_size + 1) for i in range(0, len(offsets), size)]
+    return Rows(text, batches + last, is_whole)
+
+
+def evaluate(model: GPTLanguageModel, evaluation: list[Rows], settings: Settings) -> list[float]:
+    """Return the losses on the training and the validation text."""
+    return [mean_loss(model, rows, settings.device, settings.dtype) for rows in evaluation]
 
 
 @torch.no_grad()
-def mean_loss(
-    model: GPTLanguageModel,
-    text: Text,
-    batches: Batches,
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
-) -> float:
-    """Mean cross-entropy in nats per character over the rows of all batches of all processes, in eval mode."""
+def mean_loss(model: GPTLanguageModel, rows: Rows, device: torch.device, dtype: torch.dtype = torch.float32) -> float:
+    """Return the mean cross-entropy in nats per character over the rows of all processes, without dropout."""
     was_training = model.training
     model.eval()
     totals = torch.zeros(2, device=device)  # nats, characters
-    for offsets, length in batches:
-        rows = torch.from_numpy(text.rows(offsets, length)).to(device)
+    for offsets, length in rows.batches:
+        ids = torch.from_numpy(rows.text.rows(offsets, length)).to(device)
         with autocast(device, dtype):
-            _, loss = model(rows[:, :-1], rows[:, 1:])
-        count = rows[:, 1:].numel()
+            _, loss = model(ids[:, :-1], ids[:, 1:])
+        count = ids[:, 1:].numel()
         totals += torch.stack([loss * count, torch.full_like(loss, count)])
     model.train(was_training)
-    nats, characters = over_processes(totals).tolist()
+    nats, characters = all_reduce(totals).tolist()
     return nats / characters
 
 
-def sample_lines(model: GPTLanguageModel, vocabulary: Vocabulary, args: argparse.Namespace) -> list[str]:
-    """Two lines of what the model writes now, always with the same luck, so that they can be compared."""
-    generator = torch.Generator(args.device).manual_seed(args.seed)
-    start = torch.tensor([[vocabulary.ids.get("\n", 0)]], device=args.device)
+def describe_evaluation(run: Run, is_best: bool) -> str:
+    """Return the lines to show after an evaluation: the losses, a sample, and a warning if the loss no longer falls."""
+    record = run.record
+    saved = f", saved {run.settings.model}" if is_best else ""
+    _, train_loss, val_loss, *_ = record.metrics[-1]
+    lines = [f"step {record.step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}{saved}"]
+    lines += [f"    {line}" for line in sample_lines(run.model, run.vocabulary, run.settings)]
+    if record.evaluations_since_best == PLATEAU_EVALUATIONS:
+        lines.append(
+            f"the validation loss has been above that of step {record.best_step} for {PLATEAU_EVALUATIONS} "
+            "evaluations: the model learns the training text by heart. More text or a higher -dropout helps; "
+            "-patience N stops such a run"
+        )
+    return "\n".join(lines)
+
+
+def sample_lines(model: GPTLanguageModel, vocabulary: Vocabulary, settings: Settings) -> list[str]:
+    """Return two lines of what the model writes now, with a fixed seed, so that samples can be compared."""
+    generator = torch.Generator(settings.device).manual_seed(settings.seed)
+    start = torch.tensor([[vocabulary.ids.get("\n", 0)]], device=settings.device)
     banned_ids = vocabulary.banned_ids if len(vocabulary) > 1 else []
-    text = model.generate(start, 160, temperature=0.8, generator=generator, banned_ids=banned_ids)
-    text = vocabulary.decode(text[0, 1:].tolist())
-    lines = [line[i : i + 80] for line in text.splitlines() for i in range(0, len(line), 80) if line.strip()]
+    ids = model.generate(start, 160, temperature=0.8, generator=generator, banned_ids=banned_ids)
+    text = vocabulary.decode(ids[0, 1:].tolist())
+    lines = [line[i : i + 76] for line in text.splitlines() for i in range(0, len(line), 76) if line.strip()]
     return ["".join(c if c.isprintable() else " " for c in line) for line in lines[:2]]
 
 
-class Metrics:
-    """A row for each evaluation, in a CSV file that is whole at any time."""
+# The record and the files of a run -----------------------------------------------------------------------------------
 
-    COLUMNS = ("step", "train_loss", "val_loss", "learning_rate", "tokens", "seconds")
-
-    def __init__(self, path: Path):
-        self.path, self.rows = path, []
-
-    def add(self, *row: float) -> None:
-        self.rows.append(list(row))
-        self.save()
-
-    def save(self) -> None:
-        with atomic_write(self.path) as file:
-            for row in (self.COLUMNS, *self.rows):
-                file.write(",".join(map(str, row)).encode() + b"\n")
-
-    def draw(self, path: Path) -> None:
-        """Draw both losses over the steps. Needs matplotlib; raises OSError."""
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(8, 5), layout="constrained")
-        axes = figure.subplots()
-        steps, train_losses, val_losses, *_ = zip(*self.rows)
-        axes.plot(steps, train_losses, marker=".", label="training text")
-        axes.plot(steps, val_losses, marker=".", label="validation text")
-        axes.set(xlabel="step", ylabel="loss (nats per character)", title=self.path.name.removesuffix(".metrics.csv"))
-        axes.grid(alpha=0.3)
-        axes.legend()
-        with atomic_write(path) as file:
-            figure.savefig(file, format=path.suffix[1:], dpi=150)
+METRICS = ("step", "train_loss", "val_loss", "learning_rate", "tokens", "seconds")
 
 
-# A run ---------------------------------------------------------------------------------------------------------------
+@dataclass
+class Record:
+    """How far a run has come: what a resumed run needs besides the weights and the optimizer's state."""
+
+    step: int = 0  # optimizer steps done
+    seconds: float = 0.0
+    best_loss: float = math.inf  # on the validation text
+    best_step: int = 0
+    evaluations_since_best: int = 0
+    metrics: list[list[float]] = field(default_factory=list)  # a row of METRICS for each evaluation
+
+    def add(self, train_loss: float, val_loss: float, settings: Settings) -> bool:
+        """Add an evaluation; return whether its model is the best so far."""
+        rate = learning_rate_at(self.step - 1, settings)
+        tokens = self.step * settings.batch_size * settings.block_size
+        self.metrics.append([self.step, round(train_loss, 6), round(val_loss, 6), rate, tokens, round(self.seconds, 3)])
+        is_best = val_loss < self.best_loss
+        if is_best:
+            self.best_loss, self.best_step, self.evaluations_since_best = val_loss, self.step, 0
+        else:
+            self.evaluations_since_best += 1
+        return is_best
 
 
-def beside(model: Path, ending: str) -> Path:
-    """model-01.pkl, ".state.pkl" -> model-01.state.pkl"""
-    return Path(os.path.splitext(model)[0] + ending)
+def sibling(model: Path, ending: str) -> Path:
+    """Return the path of a file that belongs to a model: model-01.pkl, ".state.pkl" -> model-01.state.pkl"""
+    return model.with_name(model.name.removesuffix(".pkl") + ending)
 
 
-class Run:
-    """A model in training: its optimizers and texts, how far it has come, and the files that it keeps."""
+def save_evaluation(run: Run, is_best: bool) -> None:
+    """Save the model if it is the best so far, the metrics and the plot. Raises OSError."""
+    settings = run.settings
+    if is_best:
+        save_model(settings.model, run.model, run.vocabulary)
+    save_metrics(sibling(settings.model, ".metrics.csv"), run.record)
+    if settings.plot:
+        draw_losses(settings.plot, settings.model.name.removesuffix(".pkl"), run.record)
 
-    def __init__(self, args: argparse.Namespace, model: GPTLanguageModel, vocabulary: Vocabulary):
-        self.args, self.model, self.vocabulary = args, model, vocabulary
-        self.train_text, self.val_text = (
-            Text(args.data_dir / name, vocabulary, args.block_size) for name in ("output_train.txt", "output_val.txt")
+
+def save_metrics(path: Path, record: Record) -> None:
+    with atomic_write(path) as file:
+        for row in (METRICS, *record.metrics):
+            file.write(",".join(map(str, row)).encode() + b"\n")
+
+
+def draw_losses(path: Path, title: str, record: Record) -> None:
+    """Draw both losses over the steps, in nats and in bits, and mark the best model. Raises OSError.
+
+    Needs matplotlib.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    steps, train_losses, val_losses, *_ = zip(*record.metrics)
+    axes.plot(steps, train_losses, marker=".", label="training text")
+    axes.plot(steps, val_losses, marker=".", label="validation text")
+    axes.plot(record.best_step, record.best_loss, "*", markersize=14, label=f"best model, {record.best_loss:.3f} nats")
+    axes.set(xlabel="step", ylabel="loss (nats per character)")
+    axes.set_title(title, parse_math=False)  # "$" in a name is no formula
+    bits = axes.secondary_yaxis("right", functions=(lambda nats: nats / math.log(2), lambda bits: bits * math.log(2)))
+    bits.set_ylabel("bits per character")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with atomic_write(path) as file:
+        figure.savefig(file, format=path.suffix[1:], dpi=150)
+
+
+def save_state(run: Run) -> None:
+    """Save all that `-resume` needs. Raises OSError."""
+    if RANK > 0:
+        return
+    settings = run.settings
+    state = {
+        "version": STATE_VERSION,
+        "model": settings.model.name,
+        "arguments": list(settings.arguments),
+        "fast_dtype": name_of(default_dtype(settings.device)),
+        "texts": [run.train_text.fingerprint(), run.val_text.fingerprint()],
+        "record": asdict(run.record),
+        "optimizer": run.optimizer.state(),
+    }
+    save_model(sibling(settings.model, ".state.pkl"), run.model, run.vocabulary, training=state)
+
+
+def restore(run: Run, state: dict) -> Run:
+    """Return the run as it was when its state was saved.
+
+    Raises OSError, ModelFileError for what is no state of such a run, and TrainingError for other texts.
+    """
+    settings = run.settings
+    source = sibling(settings.model, ".state.pkl")
+    try:
+        record = checked_record(state["record"])
+        run.optimizer.restore(state["optimizer"])
+        fingerprints, fast_dtype = state["texts"], state["fast_dtype"]
+    except Exception as error:  # parts that are missing, of the wrong type or of the wrong shape
+        raise ModelFileError(f"{source}: does not hold a run to go on with") from error
+    if fingerprints != [run.train_text.fingerprint(), run.val_text.fingerprint()]:
+        raise TrainingError(
+            f"{settings.data_dir}: the texts are not those that {source} began with; "
+            "put those back, or start anew without -resume"
         )
-        # A row costs a third in evaluation of what it costs in training, so this is at most 4 % of the steps.
-        limit = int(0.12 * min(args.eval_interval, args.max_iters) * args.batch_size)
-        count = args.eval_iters * args.batch_size
-        self.train_batches, self.val_batches = (
-            evaluation_batches(text, limit, count, args)[0][RANK::WORLD_SIZE]
-            for text, limit in ((self.train_text, 0), (self.val_text, limit))
-        )
-        self.optimizer = Optimizer(model, args)
-        self.step, self.seconds = 0, 0.0
-        self.best, self.best_step, self.evaluations_since = math.inf, 0, 0
-        self.metrics = Metrics(beside(args.model, ".metrics.csv"))
-
-    def state(self) -> dict:
-        """All that a resumed run needs beyond the model."""
-        return {
-            "arguments": self.args.settings,
-            "texts": [self.train_text.size, self.val_text.size],
-            "progress": [self.step, self.seconds, self.best, self.best_step, self.evaluations_since],
-            "metrics": self.metrics.rows,
-            "optimizer": self.optimizer.state(),
-        }
-
-    def restore(self, state: dict) -> None:
-        """Go back to a saved state. Raises ModelFileError if it does not fit, TrainingError for other texts."""
-        source = beside(self.args.model, ".state.pkl")
-        try:
-            step, seconds, best, best_step, evaluations_since = state["progress"]
-            self.step, self.seconds, self.best = int(step), float(seconds), float(best)
-            self.best_step, self.evaluations_since = int(best_step), int(evaluations_since)
-            rows, texts = state["metrics"], state["texts"]
-            fit = all(len(row) == len(Metrics.COLUMNS) and all(map(math.isfinite, row)) for row in rows)
-            if self.step < 0 or not fit:
-                raise ValueError("what no run comes to")
-            self.metrics.rows = rows
-            self.optimizer.restore(state["optimizer"])
-        except Exception as error:  # parts that are missing, of the wrong type or of the wrong shape
-            raise ModelFileError(f"{source}: does not hold a run to go on with") from error
-        if texts != [self.train_text.size, self.val_text.size]:
-            raise TrainingError(f"{self.args.data_dir}: the texts are not those that {source} began with; start anew")
-        if not self.args.model.exists():
-            self.best = math.inf
-        if RANK == 0:
-            self.metrics.save()  # without the rows of steps that were lost
-
-    def save_state(self) -> None:
-        if RANK == 0:
-            save_model(beside(self.args.model, ".state.pkl"), self.model, self.vocabulary, training=self.state())
-
-    def train(self, interruption: "Interruption") -> None:
-        """Run the training loop to its end, to an interruption or to the end of its patience."""
-        args, patience = self.args, self.args.patience or math.inf
-        tokens = args.batch_size * args.block_size
-        started = time.monotonic() - self.seconds
-        forward = self.model.train()
-        batch = get_batch(self.train_text, self.step, args)
-        if args.compile == "on":
-            forward = compiled(forward, batch, args)
-        if WORLD_SIZE > 1:
-            forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
-        bar = {"unit": "tok", "unit_scale": True, "dynamic_ncols": True, "mininterval": 0.5, "disable": RANK > 0}
-        with tqdm(total=args.max_iters * tokens, initial=self.step * tokens, **bar) as bar:
-            while self.step < args.max_iters and self.evaluations_since < patience and not interruption.agreed():
-                loss = train_step(forward, self.optimizer, batch, self.step, args)
-                self.step += 1
-                batch = get_batch(self.train_text, self.step, args)  # while a GPU is still busy with the last one
-                self.seconds = time.monotonic() - started
-                bar.set_description(f"step {self.step}/{args.max_iters}", refresh=False)
-                if bar.update(tokens):  # reading the loss waits for the device, so do it only when the bar is drawn
-                    self.check(loss.item())
-                    bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
-                evaluating = self.step % args.eval_interval == 0 or self.step == args.max_iters
-                if evaluating:
-                    bar.write(self.evaluate(), file=sys.stdout)
-                    sys.stdout.flush()
-                if evaluating or self.step % args.save_interval == 0:
-                    self.check(loss.item())
-                    self.save_state()
-        if interruption.signal:
-            self.save_state()
-
-    def check(self, loss: float) -> None:
-        """Raise TrainingError if the loss is no longer a number."""
-        if not math.isfinite(loss):
-            kept = f"; the best model so far is in {self.args.model}" if self.best < math.inf else ""
-            raise TrainingError(
-                f"the loss is {loss} after step {self.step}, at learning rate "
-                f"{learning_rate_at(self.step - 1, self.args):.2g}; "
-                f"try a lower -learning_rate or a longer -warmup_iters{kept}"
-            )
-
-    def evaluate(self) -> str:
-        """Save the model if it is the best so far; return the lines to show."""
-        args = self.args
-        train_loss = mean_loss(self.model, self.train_text, self.train_batches, args.device, args.dtype)
-        val_loss = mean_loss(self.model, self.val_text, self.val_batches, args.device, args.dtype)
-        self.check(val_loss)
-        line = f"step {self.step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}"
-        self.evaluations_since += 1
-        best = val_loss < self.best
-        if best:
-            self.best, self.best_step, self.evaluations_since = val_loss, self.step, 0
-            line += f", saved {args.model}"
-        if RANK > 0:
-            return line
-        if best:
-            save_model(args.model, self.model, self.vocabulary)
-        rate, tokens = learning_rate_at(self.step - 1, args), self.step * args.batch_size * args.block_size
-        self.metrics.add(self.step, round(train_loss, 6), round(val_loss, 6), rate, tokens, round(self.seconds, 3))
-        if args.plot:
-            self.metrics.draw(args.plot)
-        lines = [line, *(f"    {sampled}" for sampled in sample_lines(self.model, self.vocabulary, args))]
-        if self.evaluations_since == RISING:
-            lines.append(
-                f"the validation loss has been above that of step {self.best_step} for {RISING} evaluations: the model "
-                "learns the training text by heart. More text or a higher -dropout helps; -patience N stops such a run"
-            )
-        return "\n".join(lines)
-
-    def report(self) -> None:
-        """Show the best model's loss over the whole validation text, or as much as takes 3 % of the run."""
-        args = self.args
-        limit = max(1, args.max_iters * args.batch_size // 10)
-        batches, whole = evaluation_batches(self.val_text, limit, limit, args)
-        model, _ = load_model(args.model, args.device)
-        loss = mean_loss(model, self.val_text, batches, args.device)
-        characters = self.val_text.size * (1 - is_continuation(self.val_text.array[:CHUNK]).mean())
-        part = "the whole" if whole else f"{limit * args.block_size / characters:.2%} of the"
+    now = name_of(default_dtype(settings.device))
+    if now not in (fast_dtype, name_of(settings.dtype)):
         print(
-            f"best model, of step {self.best_step}: {loss:.4f} nats = {loss / math.log(2):.3f} bits per character over "
-            f"{part} validation text, in {args.model}; talk to it: python chatbot.py{model_flag(args)}",
-            flush=True,
+            f"this run multiplies in {name_of(settings.dtype)}; here, {now} may be much faster: -dtype {now}",
+            file=sys.stderr,
         )
+    if not settings.model.exists():
+        print(
+            f"{settings.model} is gone: the run goes on with the weights of step {record.step}, "
+            "and the next evaluation saves a model again",
+            file=sys.stderr,
+        )
+        record.best_loss, record.best_step, record.evaluations_since_best = math.inf, record.step, 0
+    if RANK == 0:
+        save_metrics(sibling(settings.model, ".metrics.csv"), record)  # without the rows of steps that were lost
+    return run._replace(record=record)
+
+
+def checked_record(saved: dict) -> Record:
+    """Return the record of a state file. Raises one of many exceptions for what no run comes to."""
+    record = Record(**saved)
+    for name, value in asdict(Record()).items():
+        if type(saved[name]) is not type(value):
+            raise ValueError(f"{name} of another type")
+    for row in record.metrics:
+        if len(row) != len(METRICS) or not all(math.isfinite(number) for number in row):
+            raise ValueError("metrics of another shape")
+    if record.step < 0:
+        raise ValueError("a step before the first")
+    return record
+
+
+def backup_of(model: Path, start: Path | None) -> Path:
+    """Return where to keep the model of an earlier run: model-01.old.pkl, unless the new run starts from that file."""
+    ending = ".pkl" if model.suffix == ".pkl" else ""
+    backup = sibling(model, f".old{ending}")
+    kept = [backup, sibling(backup, ".state.pkl")]
+    if start is not None and os.path.realpath(start) in map(os.path.realpath, kept):
+        return sibling(model, f".old-2{ending}")
+    return backup
+
+
+def original_name(model: str) -> str:
+    """Return the name under which a kept model was trained: model-01.old.pkl -> model-01.pkl"""
+    return re.sub(r"\.old(-2)?(?=(\.pkl)?$)", "", model)
+
+
+def keep_earlier_run(model: Path, start: Path | None) -> None:
+    """Copy the files of an earlier run, whose model also stays until this run saves one. Raises OSError.
+
+    `start` is the file that this run starts from, which has to stay as it is.
+    """
+    backup = backup_of(model, start)
+    if model.exists():
+        copy_file(model, backup)
+        print(f"the earlier {model} is kept as {backup}", file=sys.stderr)
+    for ending in (".state.pkl", ".metrics.csv"):
+        earlier = sibling(model, ending)
+        if earlier.exists():
+            copy_file(earlier, sibling(backup, ending))
+            # Of a link only the target goes: the new file is written to the same disk.
+            Path(os.path.realpath(earlier)).unlink()
+
+
+def copy_file(source: Path, target: Path) -> None:
+    with name_file_in_errors(source), open(source, "rb") as file:
+        content = file.read()
+    with atomic_write(target) as file:
+        file.write(content)
+
+
+# Showing how it goes -------------------------------------------------------------------------------------------------
+
+
+def show(text: str) -> None:
+    """Print a result. Raises OSError if standard output can't be written to."""
+    with name_file_in_errors("standard output"):
+        print(text, flush=True)
+
+
+class Progress:
+    """Shows on standard error how a run goes: a bar on a terminal; elsewhere, as in a log file, one line a minute."""
+
+    def __init__(self, settings: Settings, first_step: int, evaluation: list[Rows]):
+        self.settings = settings
+        self.is_terminal = sys.stderr.isatty()
+        # A row costs a third in evaluation of what it costs in training: an evaluation counts as so many steps.
+        rows = sum(len(offsets) for part in evaluation for offsets, _ in part.batches) * WORLD_SIZE
+        self.evaluation_steps = rows / settings.batch_size / 3
+        self.first_work = self.work_until(first_step)
+        self.started = time.monotonic()
+        self.shown = -math.inf  # when it was shown last
+        self.bar = tqdm(
+            total=settings.max_iters,
+            initial=first_step,
+            disable=not self.is_terminal,
+            dynamic_ncols=True,
+            bar_format="{desc} |{bar}| {percentage:3.0f}%",
+        )
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
+
+    def work_until(self, step: int) -> float:
+        """Return the work up to this step, with the evaluations on the way, counted in steps."""
+        evaluations = step // self.settings.eval_interval
+        if step == self.settings.max_iters and step % self.settings.eval_interval:
+            evaluations += 1
+        return step + evaluations * self.evaluation_steps
+
+    def is_due(self) -> bool:
+        return time.monotonic() - self.shown >= (0.5 if self.is_terminal else 60)
+
+    def show(self, step: int, loss: float) -> None:
+        self.shown = time.monotonic()
+        settings, work = self.settings, self.work_until(step)
+        seconds_per_step = (self.shown - self.started) / (work - self.first_work)
+        tokens_per_second = settings.batch_size * settings.block_size / seconds_per_step
+        left = tqdm.format_interval((self.work_until(settings.max_iters) - work) * seconds_per_step)
+        text = f"step {step}/{settings.max_iters}: loss {loss:.3f}, {tokens_per_second:,.0f} tok/s, {left} left"
+        if self.is_terminal:
+            self.bar.n = step
+            self.bar.set_description_str(text)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def print(self, text: str) -> None:
+        """Print a result above the bar. Raises OSError if standard output can't be written to."""
+        with tqdm.external_write_mode(file=sys.stdout):
+            show(text)
+
+
+def describe(run: Run) -> None:
+    """Print what is trained, and on what."""
+    settings = run.settings
+    device = f"{settings.device}, "
+    if settings.device.type == "cpu":
+        device += f"{torch.get_num_threads()} threads, "
+    device += name_of(settings.dtype)
+    if WORLD_SIZE > 1:
+        device += f", {WORLD_SIZE} processes"
+    train_size, val_size = run.train_text.size / 1e6, run.val_text.size / 1e6
+    tokens = settings.batch_size * settings.block_size
+    show(f"device      {device}")
+    show(f"model       {sum(p.numel() for p in run.model.parameters()):,} parameters")
+    show(f"vocabulary  {len(run.vocabulary):,} characters")
+    show(f"text        {train_size:,.2f} MB to train on, {val_size:,.2f} MB to validate with")
+    show(f"step        {settings.batch_size} x {settings.block_size} = {tokens:,} tokens")
+    show(f"optimizer   {settings.optimizer}, learning rate {settings.learning_rate:g}")
+
+
+def describe_end(run: Run) -> None:
+    """Print why the run ended, and the loss of the best model on the whole validation text.
+
+    Of a long text, only as much is evaluated as takes 3 % of the run. Raises OSError and ModelFileError.
+    """
+    settings, record, text = run.settings, run.record, run.val_text
+    if record.step < settings.max_iters:
+        show(
+            f"stopped after step {record.step} of {settings.max_iters}: no better model in {settings.patience} "
+            f"evaluations; to go on: {resume_command(settings)} -patience {2 * settings.patience}"
+        )
+    limit = max(1, settings.max_iters * settings.batch_size // 10)
+    rows = choose_rows(text, limit, limit, settings)
+    model, _ = load_model(settings.model, settings.device)
+    nats = mean_loss(model, rows, settings.device)
+    share = "the whole"
+    if not rows.is_whole:
+        characters = text.size * (1 - is_continuation(text.array[:CHUNK]).mean())
+        share = f"{limit * settings.block_size / characters:.2%} of the"
+    show(
+        f"best model, of step {record.best_step}: {nats:.4f} nats = {nats / math.log(2):.3f} bits per character over "
+        f"{share} validation text, in {settings.model}; talk to it: python chatbot.py{model_flag(settings.model)}"
+    )
+
+
+def model_flag(model: Path) -> str:
+    """Return what a command needs to find this model."""
+    quote = '"' if " " in str(model) else ""
+    return "" if model == Path("model-01.pkl") else f" -model {quote}{model}{quote}"
+
+
+def resume_command(settings: Settings) -> str:
+    """Return the command that goes on with this run."""
+    python = f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}" if WORLD_SIZE > 1 else "python"
+    return f"{python} training.py -resume{model_flag(settings.model)}"
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# Interruption --------------------------------------------------------------------------------------------------------
 
 
 class Interruption:
-    """Notes Ctrl-C and SIGTERM, so that the loop can end in good order; a second one ends the program at once.
+    """Lets Ctrl-C, SIGTERM and SIGHUP (a closed terminal) end the loop in good order. A second one ends it at once.
 
-    Not so under torchrun: it passes on to its processes what they have received themselves, and ends them if need be.
+    Under torchrun the second signal is ignored, because torchrun forwards every signal to its processes.
     """
 
-    def __enter__(self) -> "Interruption":
-        self.noted = self.signal = 0
-        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+    def __init__(self):
+        self.received = 0  # by this process
+        self.signal = 0  # by any process, once all have agreed on it
+        self.handlers = {}
+
+    def __enter__(self) -> Interruption:
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is None:  # Windows has no SIGHUP
+                continue
+            if name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN:  # started by nohup
+                continue
+            self.handlers[number] = signal.signal(number, self.on_signal)
         return self
 
-    def note(self, number: int, frame) -> None:
-        self.noted = number
-        if WORLD_SIZE == 1:  # from now on the system ends the program, since Python would wait for a backward pass
-            for ending in self.before:
-                signal.signal(ending, signal.SIG_DFL)
-
-    def agreed(self) -> int:
-        """The signal that any process has received, or 0: all of them have to end after the same step."""
-        self.signal = int(over_processes(torch.tensor(self.noted), "MAX"))
-        return self.signal
-
     def __exit__(self, *_) -> None:
-        for signal_number, handler in self.before.items():
-            signal.signal(signal_number, handler)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def on_signal(self, number: int, frame) -> None:
+        self.received = number
+        if WORLD_SIZE == 1:
+            # From now on the system ends the program: Python would wait for the end of a backward pass.
+            for handled in self.handlers:
+                signal.signal(handled, signal.SIG_DFL)
+        if number == getattr(signal, "SIGHUP", None):
+            # The terminal is gone. Printing to it would fail before the state is saved.
+            sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+    def received_by_any(self) -> bool:
+        """Return whether any process has received a signal: all of them have to end after the same step."""
+        self.signal = int(all_reduce(torch.tensor(self.received), "MAX"))
+        return self.signal != 0
 
 
-# The command ---------------------------------------------------------------------------------------------------------
+# The command line ----------------------------------------------------------------------------------------------------
 
-# Flags that don't change what is learnt
-FREE = ("model", "data_dir", "device", "compile", "grad_accum", "save_interval", "plot", "resume")
+# Flags that don't change what is learnt, or that a resumed run may change on purpose
+MAY_CHANGE_ON_RESUME = (
+    *("model", "data_dir", "device", "dtype", "compile", "grad_accum", "save_interval", "patience", "plot", "resume"),
+)
 SHAPE = ("n_embd", "n_head", "n_layer", "block_size")
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser, flag = model_module.make_parser("Train a GPT on output_train.txt and keep the best model.")
-    flag("batch_size", type=bounded(int, 1), default=32, help="sequences per optimizer step, over all processes")
-    flag("grad_accum", type=bounded(int, 1), default=1, help="parts of a step, one after another: takes less memory")
-    flag(
-        "block_size",
-        type=bounded(int, 1, below=MAX_BLOCK_SIZE + 1),
-        default=128,
-        help="characters that the model sees at once",
-    )
-    flag("max_iters", type=bounded(int, 1), default=500, help="optimizer steps")
-    flag("optimizer", choices=("adamw", "muon"), default="adamw", help="muon learns more per step, for the blocks")
+class Settings(SimpleNamespace):
+    """The flags of a run with all defaults worked out; frozen. `arguments` are what a resumed run parses again."""
+
+    def __setattr__(self, name: str, value) -> None:
+        raise AttributeError(f"{name}: settings don't change during a run")
+
+
+class Start(NamedTuple):
+    """What a run starts from: the content of a model file, and the state if it resumes."""
+
+    model: GPTLanguageModel
+    vocabulary: Vocabulary
+    state: dict | None
+
+
+def training_parser() -> argparse.ArgumentParser:
+    parser, flag = make_parser("Train a GPT on output_train.txt and keep the best model.")
+    integer, positive, real = bounded(int, 0), bounded(int, 1), bounded(float, 0)
     rates = " and ".join(f"{rate} with {optimizer}" for optimizer, rate in LEARNING_RATES.items())
-    flag("learning_rate", type=bounded(float, 0), help=f"highest learning rate, after the warm-up; without it, {rates}")
-    flag("min_lr", type=bounded(float, 0), help="learning rate at the end; without it, 0 with muon, a tenth with adamw")
+    flag("batch_size", type=positive, default=32, help="sequences per optimizer step, over all processes")
+    flag("grad_accum", type=positive, default=1, help="parts of a step, one after another: takes less memory")
+    block_sizes = bounded(int, 1, below=MAX_BLOCK_SIZE + 1)
+    flag("block_size", type=block_sizes, default=128, help="characters that the model sees at once")
+    flag("max_iters", type=positive, default=500, help="optimizer steps")
+    flag("optimizer", choices=("adamw", "muon"), default="adamw", help="muon learns more per step, for the blocks")
+    flag("learning_rate", type=real, help=f"highest learning rate, after the warm-up; without it, {rates}")
+    flag("min_lr", type=real, help="learning rate at the end; without it, 0 with muon, a tenth with adamw")
     warmup = "steps in which the learning rate rises from 0; without it, 150 or at most a third of -max_iters"
-    flag("warmup_iters", type=bounded(int, 0), help=warmup)
-    flag("weight_decay", type=bounded(float, 0), default=0.1, help="weight decay, on matrices only")
-    flag("grad_clip", type=bounded(float, 0), default=1.0, help="longest gradient (norm over all weights); 0: any")
-    flag("n_embd", type=bounded(int, 1), default=384, help="numbers per character inside the model")
-    flag("n_head", type=bounded(int, 1), default=4, help="attention heads per layer")
-    flag("n_layer", type=bounded(int, 1), default=4, help="layers (blocks)")
+    flag("warmup_iters", type=integer, help=warmup)
+    flag("weight_decay", type=real, default=0.1, help="weight decay, on matrices only")
+    flag("grad_clip", type=real, default=1.0, help="longest gradient (norm over all weights); 0: any")
+    flag("n_embd", type=positive, default=384, help="numbers per character inside the model")
+    flag("n_head", type=positive, default=4, help="attention heads per layer")
+    flag("n_layer", type=positive, default=4, help="layers (blocks)")
     flag("dropout", type=bounded(float, 0, below=1), default=0.2, help="share of numbers dropped in training")
-    flag("eval_interval", type=bounded(int, 1), default=100, help="steps from one evaluation to the next")
-    flag("eval_iters", type=bounded(int, 1), default=8, help="batches per evaluation and text")
-    flag(
-        "patience", type=bounded(int, 1), help="stop after so many evaluations without a better one; without it, never"
-    )
-    flag("save_interval", type=bounded(int, 1), default=100, help="steps from one saved state to the next")
+    flag("eval_interval", type=positive, default=100, help="steps from one evaluation to the next")
+    flag("eval_iters", type=positive, default=8, help="batches per evaluation and text")
+    flag("patience", type=integer, default=0, help="stop after so many evaluations without a better one; 0: never")
+    flag("save_interval", type=positive, default=100, help="steps from one saved state to the next")
     flag("seed", type=bounded(int, 0, below=2**63), default=1337, help="decides initial weights, rows and dropout")
     flag("device", help="cpu, cuda, cuda:1, ...; without it, cuda if there is one, else cpu")
     flag("dtype", choices=("float32", "bfloat16", "float16"), help="for multiplications; without it, what is fast here")
@@ -659,6 +1004,23 @@ def make_parser() -> argparse.ArgumentParser:
     flag("vocab", type=Path, help="vocab.txt of the -init_from model, if that file holds none")
     flag("plot", type=Path, help="draw the losses into this .png, .svg or .pdf file; needs matplotlib")
     return parser
+
+
+def parse_args(arguments: list[str] | None = None) -> tuple[Settings, Start | None]:
+    """Return the settings, and the model file that the run starts from, if any. Raises OSError and ModelFileError."""
+    parser = training_parser()
+    args = parser.parse_args(arguments)
+    start = None
+    if args.resume:
+        args, start = parse_resumed(parser, arguments, args.model)
+    elif args.init_from:
+        given = Vocabulary.from_file(args.vocab) if args.vocab else None
+        start = Start(*load_model(args.init_from, vocabulary=given), state=None)
+        args = parse_again(parser, arguments, start.model.config, SHAPE, args.init_from)
+    elif args.vocab:
+        parser.error("argument -vocab: goes with -init_from only; training takes the vocab.txt in -data_dir")
+    check_together(parser, args)
+    return work_out_defaults(parser, args), start
 
 
 def parse_again(
@@ -675,198 +1037,219 @@ def parse_again(
     return args
 
 
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The settings; with them `args.start`, the model and vocabulary of the file that a run starts from, or None.
+def parse_resumed(
+    parser: argparse.ArgumentParser, arguments: list[str] | None, model: Path
+) -> tuple[argparse.Namespace, Start]:
+    """Return the settings of the saved run, with those that the user may change, and its model and state.
 
-    Raises OSError and ModelFileError for that file.
+    Raises OSError and ModelFileError.
     """
-    parser = make_parser()
-    args, start, state = parser.parse_args(arguments), None, None
-    if args.resume:
-        source = beside(args.model, ".state.pkl")
-        content = read_model_file(source)
-        start, state = build_model(content, source), content.get("training")
-        args = parse_resumed(parser, arguments, args.model, state, source)
-    elif args.init_from:
-        start = load_model(args.init_from, vocabulary=Vocabulary.from_file(args.vocab) if args.vocab else None)
-        args = parse_again(parser, arguments, start[0].config, SHAPE, args.init_from)
-    elif args.vocab:
-        parser.error("argument -vocab: goes with -init_from only; training takes the vocab.txt in -data_dir")
-    check_together(parser, args)
-    if args.learning_rate is None:
-        args.learning_rate = LEARNING_RATES[args.optimizer]
-    unsaved = {"model", "resume", "plot", "vocab_size"}  # a stranger's state is not to say where to draw
-    args.settings = [f"-{k}={v}" for k, v in vars(args).items() if k not in unsaved and v is not None]
-    args.start, args.state = start, state
-    if args.device in (None, "cuda") and torch.cuda.is_available():
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # a card for each process
-    args.device = choose_device(parser, args.device)
-    args.dtype = getattr(torch, args.dtype) if args.dtype else default_dtype(args.device)
-    args.compile = args.compile or ("on" if args.device.type == "cuda" else "off")
-    if args.min_lr is None:
-        args.min_lr = 0.0 if args.optimizer == "muon" else args.learning_rate / 10
-    if args.warmup_iters is None:
-        args.warmup_iters = min(150, args.max_iters // 3)
-    return args
+    source = sibling(model, ".state.pkl")
+    content = read_model_file(source)
+    state = content.get("training")
+    check_state(state, model, source)
+    try:
+        saved = vars(parser.parse_args(state["arguments"]))
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ModelFileError(f"{source}: does not hold a run to go on with") from error
+    start = Start(*build_model(content, source), state)
+    fixed = saved.keys() - {*MAY_CHANGE_ON_RESUME, "max_iters"}
+    args = parse_again(parser, arguments, {**saved, "model": model, "resume": True}, fixed, source)
+    if args.max_iters < saved["max_iters"]:
+        parser.error(f"argument -max_iters: {source} has {saved['max_iters']}, which may only grow")
+    if args.max_iters > saved["max_iters"]:
+        print(f"the learning rate now follows a schedule of {args.max_iters} steps", file=sys.stderr)
+    return args, start
+
+
+def check_state(state: object, model: Path, source: Path) -> None:
+    """Raise ModelFileError unless this is the state of the run that trains this model."""
+    if not isinstance(state, dict):
+        raise ModelFileError(f"{source}: does not hold a run to go on with")
+    if state.get("version") != STATE_VERSION:
+        raise ModelFileError(
+            f"{source}: was saved by another version of training.py, so it can't be resumed; "
+            f"-init_from {source} starts a new run from its weights"
+        )
+    owner = str(state.get("model"))
+    if original_name(owner) != original_name(model.name):
+        raise ModelFileError(f"{source}: is the state of {owner!r}, not of {model.name!r}; give it back its name")
+
+
+def work_out_defaults(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Settings:
+    """Return the settings, with what follows from other flags or from this machine where a flag is not given."""
+    learning_rate = args.learning_rate
+    if learning_rate is None:
+        learning_rate = LEARNING_RATES[args.optimizer]
+    min_lr = args.min_lr
+    if min_lr is None:
+        min_lr = 0.0 if args.optimizer == "muon" else learning_rate / 10
+    warmup_iters = args.warmup_iters
+    if warmup_iters is None:
+        warmup_iters = min(150, args.max_iters // 3)
+    device_name = args.device
+    if device_name in (None, "cuda") and torch.cuda.is_available():
+        device_name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # a card for each process
+    device = choose_device(parser, device_name)
+    dtype = getattr(torch, args.dtype) if args.dtype else default_dtype(device)
+    # What -resume parses again. What a stranger's state must not decide is left out: which files to write.
+    saved = {**vars(args), "learning_rate": learning_rate, "dtype": name_of(dtype)}
+    for name in ("model", "resume", "plot", "vocab_size"):
+        saved.pop(name, None)
+    resolved = {
+        "learning_rate": learning_rate,
+        "min_lr": min_lr,
+        "warmup_iters": warmup_iters,
+        "device": device,
+        "dtype": dtype,
+        "compile": args.compile or ("on" if device.type == "cuda" else "off"),
+        "arguments": tuple(f"-{name}={value}" for name, value in saved.items() if value is not None),
+    }
+    return Settings(**{**vars(args), **resolved})
 
 
 def check_together(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End the program if flags do not fit one another."""
     pieces = WORLD_SIZE * args.grad_accum
     if args.batch_size % pieces:
-        fits = [str(n) for n in (args.batch_size // pieces * pieces, (args.batch_size // pieces + 1) * pieces) if n]
+        below = args.batch_size // pieces * pieces
+        fitting = [str(size) for size in (below, below + pieces) if size > 0]
         parser.error(
             f"argument -batch_size: {args.batch_size} sequences can't be shared among {WORLD_SIZE} processes x "
-            f"-grad_accum {args.grad_accum} evenly; {' and '.join(fits)} can"
+            f"-grad_accum {args.grad_accum} evenly; {' and '.join(fitting)} can"
         )
     if args.n_embd % args.n_head:
         parser.error(f"argument -n_embd: {args.n_embd} is not a multiple of -n_head {args.n_head}")
+    if args.model.name.endswith(".state.pkl"):
+        parser.error(f"argument -model: {args.model} is the name of a state; name the model that it belongs to")
     if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):
         parser.error(f"argument -plot: {str(args.plot)!r} does not end in .png, .svg or .pdf")
 
 
-def parse_resumed(
-    parser: argparse.ArgumentParser, arguments: list[str] | None, model: Path, state: dict, source: Path
-) -> argparse.Namespace:
-    """The settings of the saved run, with those that the user may change. Raises ModelFileError."""
-    try:
-        saved = vars(parser.parse_args(state["arguments"]))
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ModelFileError(f"{source}: does not hold a run to go on with") from error
-    fixed = saved.keys() - {*FREE, "max_iters"}
-    args = parse_again(parser, arguments, {**saved, "model": model, "resume": True}, fixed, source)
-    if args.max_iters < saved["max_iters"]:
-        parser.error(f"argument -max_iters: {source} has {saved['max_iters']}, which may only grow")
-    if args.max_iters > saved["max_iters"]:
-        print(f"the learning rate now follows a schedule of {args.max_iters} steps", file=sys.stderr)
-    return args
+# The command ---------------------------------------------------------------------------------------------------------
 
 
-def starting_model(args: argparse.Namespace) -> tuple[GPTLanguageModel, Vocabulary]:
-    """The model of a resumed run, or a new one, with the weights of `-init_from` where it has any."""
-    if args.resume:
-        return args.start
-    vocabulary = Vocabulary.from_file(args.data_dir / "vocab.txt")
-    if args.start:
-        old_model, old_vocabulary = args.start
-        vocabulary = Vocabulary(old_vocabulary.characters + vocabulary.characters)
-    shape = {name: getattr(args, name) for name in SHAPE}
-    model = GPTLanguageModel(len(vocabulary), dropout=args.dropout, **shape)
-    if args.start:
-        old_rows = torch.tensor([vocabulary.ids[character] for character in old_vocabulary.characters])
-        weights, old_weights = model.state_dict(), old_model.state_dict()
-        for name, weight in weights.items():
-            if name.startswith(("token_embedding_table", "lm_head")):  # a row for each character
-                weight[old_rows] = old_weights[name]
-            else:
-                weight.copy_(old_weights[name])
+def check_outputs(settings: Settings) -> None:
+    """Raise TrainingError before a run that could not save what it learns."""
+    for flag, path in (("model", settings.model), ("plot", settings.plot)):
+        if path is None:
+            continue
+        folder = Path(os.path.realpath(path)).parent  # of the target, if it is a link
+        writable = folder.is_dir() and os.access(folder, os.W_OK)
+        if not writable or (path.exists() and not path.is_file()):
+            raise TrainingError(f"{path}: -{flag} must name a file in a folder that exists and can be written to")
+    model = settings.model
+    twin = sibling(model, "" if model.suffix == ".pkl" else ".pkl")
+    if twin.is_file():
+        raise TrainingError(f"{model}: would share its state and metrics with {twin}; name another -model")
+    if settings.plot and importlib.util.find_spec("matplotlib") is None:
+        raise TrainingError(f"{settings.plot}: can't be drawn without matplotlib; pip install matplotlib")
+
+
+def starting_model(settings: Settings, start: Start | None) -> tuple[GPTLanguageModel, Vocabulary]:
+    """Return the model of a resumed run; or a new one, with the weights of `-init_from` where it has any."""
+    if settings.resume:
+        return start.model, start.vocabulary
+    vocabulary = Vocabulary.from_file(settings.data_dir / "vocab.txt")
+    if start:
+        vocabulary = Vocabulary(start.vocabulary.characters + vocabulary.characters)
+    shape = {name: getattr(settings, name) for name in SHAPE}
+    model = GPTLanguageModel(len(vocabulary), dropout=settings.dropout, **shape)
+    if start:
+        copy_weights(start.model, start.vocabulary, model, vocabulary)
     return model, vocabulary
 
 
-def model_flag(args: argparse.Namespace) -> str:
-    quote = '"' if " " in str(args.model) else ""
-    return "" if args.model == Path("model-01.pkl") else f" -model {quote}{args.model}{quote}"
+def copy_weights(
+    old_model: GPTLanguageModel, old_vocabulary: Vocabulary, model: GPTLanguageModel, vocabulary: Vocabulary
+) -> None:
+    """Copy the weights into a model of the same shape, whose vocabulary has all the old characters and perhaps more."""
+    old_rows = torch.tensor([vocabulary.ids[character] for character in old_vocabulary.characters])
+    weights, old_weights = model.state_dict(), old_model.state_dict()
+    for name, weight in weights.items():
+        if name.startswith(("token_embedding_table", "lm_head")):  # a row for each character
+            weight[old_rows] = old_weights[name]
+        else:
+            weight.copy_(old_weights[name])
 
 
-def check_outputs(args: argparse.Namespace) -> None:
-    """Raise TrainingError before a run that could not save what it learns; leave out a picture that can't be drawn."""
-    for flag, path in (("model", args.model), ("plot", args.plot)):
-        if path is None:
-            continue
-        writable = path.parent.is_dir() and os.access(path.parent, os.W_OK)
-        if not writable or (path.exists() and not path.is_file()):
-            raise TrainingError(f"{path}: -{flag} must name a file in a folder that exists and can be written to")
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        print("no picture will be drawn: -plot needs matplotlib, pip install matplotlib", file=sys.stderr)
-        args.plot = None
-
-
-def describe(training: Run) -> None:
-    args = training.args
-    threads = f", {torch.get_num_threads()} threads" if args.device.type == "cpu" else ""
-    processes = f", {WORLD_SIZE} processes" if WORLD_SIZE > 1 else ""
-    train_size, val_size = training.train_text.size / 1e6, training.val_text.size / 1e6
-    print(f"device      {args.device}{threads}, {str(args.dtype).removeprefix('torch.')}{processes}")
-    print(f"model       {sum(p.numel() for p in training.model.parameters()):,} parameters")
-    print(f"vocabulary  {len(training.vocabulary):,} characters")
-    print(f"text        {train_size:,.2f} MB to train on, {val_size:,.2f} MB to validate with")
-    print(f"step        {args.batch_size} x {args.block_size} = {args.batch_size * args.block_size:,} tokens")
-    print(f"optimizer   {args.optimizer}, learning rate {args.learning_rate:g}", flush=True)
-
-
-def run(args: argparse.Namespace, interruption: Interruption) -> int:
-    check_outputs(args)
-    torch.manual_seed(args.seed)
-    model, vocabulary = starting_model(args)
-    training = Run(args, model.to(args.device), vocabulary)
-    describe(training)
-    if args.resume:
-        training.restore(args.state)
-        end = "; a higher -max_iters goes on" if training.step >= args.max_iters else ""
-        print(f"resumed     after step {training.step} of {args.max_iters}{end}", flush=True)
+def run_training(settings: Settings, start: Start | None, interruption: Interruption) -> int:
+    """Train as the settings say; return the exit status. Raises OSError, ModelFileError and TrainingError."""
+    check_outputs(settings)
+    torch.manual_seed(settings.seed)
+    model, vocabulary = starting_model(settings, start)
+    model.to(settings.device)
+    train_text = Text(settings.data_dir / "output_train.txt", vocabulary, settings.block_size)
+    val_text = Text(settings.data_dir / "output_val.txt", vocabulary, settings.block_size)
+    run = Run(settings, model, vocabulary, train_text, val_text, Optimizer(model, settings), Record())
+    describe(run)
+    if settings.resume:
+        run = restore(run, start.state)
+        end = "; a higher -max_iters goes on" if run.record.step >= settings.max_iters else ""
+        show(f"resumed     after step {run.record.step} of {settings.max_iters}{end}")
     elif RANK == 0:
-        keep_old(args.model)
-    with process_group(args):
-        training.train(interruption)
+        keep_earlier_run(settings.model, settings.init_from)
+    with process_group(settings.device):
+        train(run, interruption)
     if interruption.signal:
-        command = f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}" if WORLD_SIZE > 1 else "python"
-        print(
-            f"training.py: interrupted after step {training.step}; to go on: {command} training.py -resume"
-            f"{model_flag(args)}",
-            file=sys.stderr,
-        )
+        save_state(run)
+        message = f"interrupted after step {run.record.step}; to go on: {resume_command(settings)}"
+        print(f"training.py: {message}", file=sys.stderr)
         return 128 + interruption.signal
     if RANK == 0:
-        training.report()
+        if not settings.model.exists():  # it was deleted, and the run was at its end already
+            save_model(settings.model, model, vocabulary)
+        describe_end(run)
     return 0
 
 
-def keep_old(model: Path) -> None:
-    """Put the files of an earlier run aside; its model also stays where it is, until this run saves one."""
-    old = beside(model, f".old{model.suffix or '.pkl'}")
-    if model.exists():
-        with atomic_write(old) as file:
-            file.write(model.read_bytes())
-        print(f"the earlier {model} is kept as {old}", file=sys.stderr)
-    for ending in (".state.pkl", ".metrics.csv"):
-        if beside(model, ending).exists():
-            os.replace(beside(model, ending), beside(old, ending))
+def is_lost_process(error: Exception) -> bool:
+    """Return whether an error means that another process of the run has ended."""
+    if isinstance(error, distributed.DistBackendError):  # of NCCL
+        return True
+    return isinstance(error, RuntimeError) and "gloo/transport/" in str(error)
+
+
+def explain(error: Exception) -> str | None:
+    """Return what to tell the user of an error that can be foreseen; None for any other."""
+    if isinstance(error, (TrainingError, ModelFileError)):
+        return str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        hint = ""
+        if isinstance(error, FileNotFoundError) and str(error.filename).endswith(".txt"):
+            hint = "; run data_extract.py first, or name its -data_dir"
+        if isinstance(error, FileNotFoundError) and str(error.filename).endswith(".state.pkl"):
+            hint = "; there is no run to go on with, start one without -resume"
+        return f"{error.filename}: {error.strerror}{hint}"
+    if is_out_of_memory(error):
+        return "not enough memory; try a higher -grad_accum or a smaller -batch_size, -n_embd or -block_size"
+    if is_lost_process(error):
+        return "lost another process; -resume goes on from the last saved state"
+    return None
 
 
 def main() -> int:
     prepare_streams("backslashreplace")  # names of files need not fit the encoding
-    errors, who = sys.stderr, f" process {RANK} of {WORLD_SIZE}:" if WORLD_SIZE > 1 else ""
-
-    def complain(message: str) -> None:
-        print(f"training.py:{who} " + message.replace("\n", r"\n"), file=errors)
-
+    errors = sys.stderr
+    who = "training.py:"
+    if WORLD_SIZE > 1:
+        who += f" process {RANK} of {WORLD_SIZE}:"
     if RANK > 0:  # the first process speaks for all
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     try:
-        args = parse_args()
+        settings, start = parse_args()
         with Interruption() as interruption:
-            return run(args, interruption)
-    except (TrainingError, ModelFileError) as error:
-        complain(str(error))
-    except OSError as error:
-        name, hint = str(error.filename or "standard output"), ""
-        if isinstance(error, FileNotFoundError) and name.endswith(".txt"):
-            hint = "; run data_extract.py first, or name its -data_dir"
-        if isinstance(error, FileNotFoundError) and name.endswith(".state.pkl"):
-            hint = "; there is no run to go on with, start one without -resume"
-        if not error.filename:
-            sys.stdout = None  # or Python would try to write to it once more
-        complain(f"{name}: {error.strerror}{hint}")
-    except (MemoryError, RuntimeError, ValueError) as error:
-        if is_out_of_memory(error):
-            complain("not enough memory; try a higher -grad_accum or a smaller -batch_size, -n_embd or -block_size")
-        elif re.search("gloo|NCCL", str(error)):
-            complain("lost another process; -resume goes on from the last saved state")
-        else:
-            raise
-    except KeyboardInterrupt:
+            return run_training(settings, start, interruption)
+    except KeyboardInterrupt:  # before or after the loop, which ends in good order
         return 128 + signal.SIGINT
-    return 1
+    except Exception as error:
+        message = explain(error)
+        if message is None:
+            raise
+        if isinstance(error, OSError) and error.filename == "standard output":
+            sys.stdout = None  # or Python would try to write to it once more
+        print(who, message.replace("\n", r"\n"), file=errors)
+        return 1
 
 
 if __name__ == "__main__":
