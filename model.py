@@ -1,7 +1,7 @@
-"""A GPT over characters, from one attention head up to the model that writes text, and the file it is kept in.
+"""A GPT over characters: the model, from one attention head up to the text that it writes, and its file.
 
-Read it from the top: each class is made of those before it. What only makes it faster comes after: `Linear` and
-`Dropout`, which do as torch's own do, and `Cache`, which a model does without until it writes text.
+Read it from the top: each class is made of those before it. Further down come what only makes it faster, the
+vocabulary, the model file, and what training.py and chatbot.py share of their command lines.
 
 Shapes: B sequences in a batch, T time steps (characters) in a sequence, C = n_embd numbers per character,
 V = vocab_size characters, H heads of D = head_size numbers each.
@@ -13,60 +13,61 @@ import argparse
 import io
 import math
 import os
-import pickletools
+import pickle
 import re
-import struct
 import sys
+import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
-from pickletools import markobject
 from typing import BinaryIO
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
-MAX_BLOCK_SIZE = 2**15  # for which the mask alone takes 1 GiB
-REPLACEMENT = "\ufffd"
-MAX_WEIGHT = 1000.0  # from which on numbers inside the model might become infinite; trained weights are about 1
+# Every head keeps a mask of block_size² bytes: 64 MiB at this size, 1 GiB in the 16 heads of the default model.
+MAX_BLOCK_SIZE = 2**13
+REPLACEMENT = "\ufffd"  # stands for characters that are rare or invalid in the training text
+MAX_WEIGHT = 1000.0  # numbers inside the model may become infinite above it; trained weights are about 1
+
+
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor, dropout: nn.Module
+) -> torch.Tensor:
+    """Return for each query the mean of the values, weighted by how well their keys match the query.
+
+    Queries (..., T, D), keys and values (..., S, D); `visible` (T, S) is True where a query may look -> (..., T, D).
+    Vaswani et al. 2017, "Attention Is All You Need", section 3.2.1.
+    """
+    head_size = q.shape[-1]
+    # Divided by √D, or the scores of large heads would be so large that softmax gives all weight to one key.
+    scores = (q * head_size**-0.5) @ k.transpose(-2, -1)  # (..., T, S)
+    scores = scores.masked_fill(~visible, -math.inf)  # which softmax turns into a weight of 0
+    weights = F.softmax(scores, dim=-1)  # each query's weights add up to 1
+    weights = dropout(weights)
+    return weights @ v
 
 
 class Head(nn.Module):
-    """One head of self-attention: every time step gathers what it looks for from itself and the steps before it.
-
-    Vaswani et al. 2017, "Attention Is All You Need", section 3.2.1.
-    """
+    """One head of self-attention: every time step gathers what it looks for from itself and the steps before it."""
 
     def __init__(self, head_size: int, n_embd: int, block_size: int, dropout: float):
         super().__init__()
         self.key = Linear(n_embd, head_size, bias=False)
         self.query = Linear(n_embd, head_size, bias=False)
         self.value = Linear(n_embd, head_size, bias=False)
-        self.register_buffer("tril", lower_triangle(block_size), persistent=False)
+        # Row t is True up to column t: no step sees the future. Not persistent: a file has no need of it.
+        tril = torch.ones(block_size, block_size, dtype=torch.bool).tril()
+        self.register_buffer("tril", tril, persistent=False)
         self.dropout = Dropout(dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, C) -> (B, T, D)"""
         T = x.shape[1]
-        return self.attend(self.query(x), self.key(x), self.value(x), self.tril[:T, :T])
-
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-        """Queries (..., T, D), keys and values (..., S, D), who may see whom (T, S) -> (..., T, D)"""
-        head_size = q.shape[-1]
-        weights = (q * head_size**-0.5) @ k.transpose(-2, -1)  # (..., T, S): how well each key answers each query
-        weights = weights.masked_fill(~visible, float("-inf"))  # nothing comes from the future
-        weights = F.softmax(weights, dim=-1)  # each query's weights add up to 1
-        return self.dropout(weights) @ v  # a weighted mean of the values
-
-
-@lru_cache(maxsize=1)
-def lower_triangle(block_size: int, device: torch.device | str | None = None) -> torch.Tensor:
-    """(block_size, block_size) booleans: row t is True at the time steps that step t may see, those up to t."""
-    return torch.ones(block_size, block_size, dtype=torch.bool, device=device).tril()
+        return attention(self.query(x), self.key(x), self.value(x), self.tril[:T, :T], self.dropout)
 
 
 class MultiHeadAttention(nn.Module):
@@ -78,51 +79,36 @@ class MultiHeadAttention(nn.Module):
         self.proj = Linear(num_heads * head_size, n_embd)
         self.dropout = Dropout(dropout)
 
-    def forward(
-        self, x: torch.Tensor, positions: torch.Tensor | None = None, cache: Cache | None = None
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
         """(B, T, C) -> (B, T, C)
 
-        The same as `dropout(proj(cat([head(x) for head in heads], dim=-1)))`, with all heads in one multiplication.
-        With a cache, x holds only new time steps, those at `positions` (T,), and earlier ones are remembered.
+        Equals `dropout(proj(cat([head(x) for head in heads], dim=-1)))`, with all heads in one multiplication.
+        With a cache, x holds only the new time steps, and they also see those that the cache remembers.
         """
         B, T, _ = x.shape
-        tril = self.heads[0].tril
+        H = len(self.heads)
+        head = self.heads[0]  # mask and dropout are the same in all heads
+
         weight = self.joined_weight() if cache is None else cache.weight
-        qkv = linear(x, weight).view(B, T, 3, len(self.heads), -1).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
-        q, kv = qkv[0], qkv[1:]
+        qkv = linear(x, weight).view(B, T, 3, H, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
         if cache is None:
-            visible = tril[:T, :T]
+            visible = head.tril[:T, :T]
         else:
-            kv = cache.append(kv, positions)  # (2, B, H, S, D) with the earlier time steps
-            visible = tril[positions, : kv.shape[3]]
-        q = q.to(kv.dtype)
-        attend = self.attend_fused if self.prefers_fused(q) else self.heads[0].attend
-        y = attend(q, *kv, visible)  # (B, H, T, D)
-        y = y.transpose(1, 2).flatten(2).to(x.dtype)  # (B, T, H·D): the heads side by side
-        return self.dropout(self.proj(y))
+            q, k, v, visible = cache.append(q, k, v)  # keys and values are (B, H, S, D) now, S >= T
 
-    def prefers_fused(self, q: torch.Tensor) -> bool:
-        """Whether the fused operation is the faster one: always on a GPU, on a CPU in float32 if nothing is dropped.
+        attend = fused_attention if fused_is_faster(q, head.dropout) else attention
+        y = attend(q, k, v, visible, head.dropout)  # (B, H, T, D)
 
-        There, forward and backward took 0.9 (64 time steps) to 0.4 (1024) of the plain form's time; in bfloat16, 3.0 to
-        0.8.
-        """
-        drops = self.training and self.dropout.p > 0
-        return q.is_cuda or (q.is_cpu and q.dtype == torch.float32 and not drops)
-
-    def attend_fused(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-        """What `Head.attend` spells out, as one operation of torch's."""
-        T, S = visible.shape
-        dropout = self.dropout.p if self.training else 0.0
-        if T == S:  # all time steps at once, for which there is a kernel that needs no mask
-            return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True)
-        return F.scaled_dot_product_attention(q, k, v, visible, dropout)
+        y = y.transpose(1, 2).flatten(2)  # (B, T, H·D): the heads side by side
+        return self.dropout(self.proj(y.to(x.dtype)))
 
     def joined_weight(self) -> torch.Tensor:
-        """(3·H·D, C): the queries' weights of all heads, then the keys', then the values'."""
-        parts = ("query", "key", "value")
-        return torch.cat([getattr(head, part).weight for part in parts for head in self.heads])
+        """Return the weights of all heads' queries, then keys, then values, one below the other: (3·H·D, C)."""
+        queries = [head.query.weight for head in self.heads]
+        keys = [head.key.weight for head in self.heads]
+        values = [head.value.weight for head in self.heads]
+        return torch.cat(queries + keys + values)
 
 
 class FeedForward(nn.Module):
@@ -155,11 +141,9 @@ class Block(nn.Module):
         self.ln1 = nn.LayerNorm(n_embd)
         self.ln2 = nn.LayerNorm(n_embd)
 
-    def forward(
-        self, x: torch.Tensor, positions: torch.Tensor | None = None, cache: Cache | None = None
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
         """(B, T, C) -> (B, T, C)"""
-        y = self.sa(x, positions, cache)
+        y = self.sa(x, cache)
         x = self.ln1(x + y)
         y = self.ffwd(x)
         return self.ln2(x + y)
@@ -193,7 +177,7 @@ class GPTLanguageModel(nn.Module):
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, not {size}")
         if block_size > MAX_BLOCK_SIZE:
-            raise ValueError(f"block_size must be at most {MAX_BLOCK_SIZE}, not {block_size}")
+            raise ValueError(f"block_size must be at most {MAX_BLOCK_SIZE}, not {block_size}: masks would fill memory")
         if n_embd % n_head:
             raise ValueError(f"n_embd ({n_embd}) must be a multiple of n_head ({n_head}), the heads share it")
         self.config = {**sizes, "dropout": dropout}
@@ -204,58 +188,56 @@ class GPTLanguageModel(nn.Module):
         self.ln_f = nn.LayerNorm(n_embd)
         self.lm_head = Linear(n_embd, vocab_size)
         self.apply(self._init_weights)
-        self._share_tril()
 
     def _init_weights(self, module: nn.Module) -> None:
+        """Start near zero, so that the first predictions are nearly uniform: a loss of about ln V."""
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, mean=0.0, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-    def _share_tril(self) -> None:
-        """Let all heads hold one and the same triangle instead of a copy each."""
-        tril = lower_triangle(self.block_size, self.lm_head.weight.device)
-        for module in self.modules():
-            if isinstance(module, Head):
-                module.tril = tril
-
-    def _apply(self, *args, **kwargs):
-        """What `.to(device)` calls; it would leave each head a triangle of its own."""
-        super()._apply(*args, **kwargs)
-        self._share_tril()
-        return self
-
     def forward(
-        self,
-        index: torch.Tensor,
-        targets: torch.Tensor | None = None,
-        positions: torch.Tensor | None = None,
-        caches: list[Cache] | None = None,
+        self, index: torch.Tensor, targets: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Token ids (B, T) and those that follow each of them (B, T) -> logits (B, T, V), mean cross-entropy in nats.
 
-        Without targets the loss is None. With `caches` (see `new_caches`) the ids stand at the time steps `positions`
-        (T,), after those of earlier calls. Raises ValueError if there are no time steps or more than `block_size`.
+        Without targets the loss is None. Raises ValueError if there are no time steps or more than `block_size`.
         """
         T = index.shape[1]
         if not 0 < T <= self.block_size:
             raise ValueError(f"the model takes 1 to {self.block_size} time steps, not {T}")
-        if positions is None:
-            positions = torch.arange(T, device=index.device)
+        positions = torch.arange(T, device=index.device)
         x = self.token_embedding_table(index) + self.position_embedding_table(positions)  # (B, T, C) + (T, C)
-        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks)):
-            x = block(x, positions, cache)
+        x = self.blocks(x)  # (B, T, C)
         logits = self.lm_head(self.ln_f(x))  # (B, T, V)
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
+    def prefill(self, index: torch.Tensor, caches: list[Cache]) -> torch.Tensor:
+        """Read the beginning of a text, token ids (B, T), into empty caches -> logits (B, V) of the token to come."""
+        for cache in caches:
+            cache.length.zero_()
+        return self._read(index, caches)
+
+    def decode(self, token: torch.Tensor, caches: list[Cache]) -> torch.Tensor:
+        """Read one more token (B, 1) of the text in the caches -> logits (B, V) of the token to come."""
+        return self._read(token, caches)
+
+    def _read(self, index: torch.Tensor, caches: list[Cache]) -> torch.Tensor:
+        """Do what `forward` does, for token ids (B, T) that follow those in the caches -> logits (B, V) of the last."""
+        positions = caches[0].next_positions(index.shape[1])
+        x = self.token_embedding_table(index) + self.position_embedding_table(positions)
+        for block, cache in zip(self.blocks, caches):
+            x = block(x, cache)
+        return self.lm_head(self.ln_f(x))[:, -1]
+
     def new_caches(self, batch_size: int) -> list[Cache]:
-        """Empty caches, one for each block, to pass to `forward`."""
+        """Return empty caches, one for each block."""
         return [Cache(block.sa, batch_size) for block in self.blocks]
 
     def generate(self, index: torch.Tensor, max_new_tokens: int, **options) -> torch.Tensor:
-        """Token ids (B, T) -> (B, T + max_new_tokens): what `stream` yields with these options, appended."""
+        """Append what `stream` yields with these options: token ids (B, T) -> (B, T + max_new_tokens)."""
         return torch.cat([index, *self.stream(index, max_new_tokens, **options)], dim=1)
 
     def stream(
@@ -271,13 +253,12 @@ class GPTLanguageModel(nn.Module):
         """Yield the next token of each sequence (B, 1), `max_new_tokens` times, while the model is in eval mode.
 
         `temperature` divides the logits: below 1 the likely characters get likelier, 0 always takes the likeliest.
-        `top_k` leaves only the k likeliest to choose from, `banned_ids` are never sampled. `caches` are those of an
+        `top_k` leaves only the k likeliest to choose from; `banned_ids` are never chosen. `caches` are those of an
         earlier call, to be used again. Raises ValueError for bad arguments or ids.
 
-        While the text fits into `block_size`, caches give exactly what the whole model would. From then on the model
-        sees the latest half to whole `block_size` tokens: whenever the window is full, it is started anew from its
-        second half, since a cache can't slide (each position has its own embedding). On held-out text the default
-        model lost less than 0.01 nats per character by that.
+        While the text fits into `block_size`, this gives exactly what `forward` would. A cache can't slide, since each
+        position has its own embedding; so when the window is full, it starts anew from its second half, and the model
+        sees the latest half to whole `block_size` tokens. On held-out text that cost less than 0.01 nats per character.
         """
         vocab_size = self.config["vocab_size"]
         if index.shape[1] == 0 or index.min() < 0 or index.max() >= vocab_size:
@@ -287,26 +268,25 @@ class GPTLanguageModel(nn.Module):
         if not set(banned_ids) < set(range(vocab_size)):
             raise ValueError(f"banned_ids must be some token ids from 0 to {vocab_size - 1}, not all")
         banned = torch.tensor(banned_ids, dtype=torch.long, device=index.device)
+        caches = caches or self.new_caches(len(index))
+        window = index[:, -self.block_size :]  # what the model sees
+        new = None
         was_training = self.training
         self.eval()
-        caches = caches or self.new_caches(len(index))
         try:
-            context = new = index[:, -self.block_size :]
-            start = 0
             for _ in range(max_new_tokens):
-                if start + new.shape[1] > self.block_size:
-                    new, start = context[:, -max(1, self.block_size // 2) :], 0
-                    context = new
-                positions = torch.arange(start, start + new.shape[1], device=index.device)
-                start += new.shape[1]
-                # Single tokens take the way that `model.compile` may have compiled.
-                step = self if new.shape[1] == 1 else self.forward
-                with torch.inference_mode():  # 1.05 times as fast as without gradients alone
-                    logits, _ = step(new, None, positions, caches)
-                    logits = logits[:, -1].index_fill(1, banned, -math.inf)
+                with torch.inference_mode():  # 1.05 times as fast as no_grad
+                    if new is None:
+                        logits = self.prefill(window, caches)
+                    elif window.shape[1] <= self.block_size:
+                        logits = self.decode(new, caches)
+                    else:
+                        window = window[:, -max(1, self.block_size // 2) :]
+                        logits = self.prefill(window, caches)
+                    logits = logits.index_fill(1, banned, -math.inf)
                     new = sample(logits, temperature, top_k, generator)
                 new = new.clone()  # an ordinary tensor, which may be trained on
-                context = torch.cat([context, new], dim=1)
+                window = torch.cat([window, new], dim=1)
                 yield new
         finally:
             self.train(was_training)
@@ -315,16 +295,20 @@ class GPTLanguageModel(nn.Module):
 def sample(
     logits: torch.Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None
 ) -> torch.Tensor:
-    """Logits (B, V) -> ids (B, 1)"""
-    if temperature < 1e-30:  # by less, float32 can't divide
+    """Draw a token for each sequence, or take the likeliest: logits (B, V) -> ids (B, 1)."""
+    if temperature < 1e-30 or top_k == 1:  # float32 can't divide by less
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits.float()
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # at most 0, so that nothing overflows
     if top_k is not None:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
+        # By their ids, not by a threshold: in bfloat16 many logits are equal to the k-th.
+        values, ids = logits.topk(top_k)
+        logits = torch.full_like(logits, -math.inf).scatter(1, ids, values)
     probabilities = F.softmax(logits, dim=-1)
-    # What torch.multinomial does, less its checks, for which Python would have to wait for a GPU.
-    return (probabilities / torch.empty_like(probabilities).exponential_(generator=generator)).argmax(-1, keepdim=True)
+    # What torch.multinomial does, less its checks, for which Python would have to wait for a GPU: dividing by
+    # exponentially distributed numbers makes each token the largest as often as its probability says.
+    noise = torch.empty_like(probabilities).exponential_(generator=generator)
+    return (probabilities / noise).argmax(dim=-1, keepdim=True)
 
 
 # What makes it faster and changes nothing else -----------------------------------------------------------------------
@@ -333,28 +317,64 @@ def sample(
 class Cache(nn.Module):
     """What one MultiHeadAttention remembers while text is generated, so that each new token costs one time step.
 
-    Holds keys and values (2, B, H, block_size, D), zeros until they are filled.
+    Holds keys and values (B, H, block_size, D) each, zeros until they are filled, and how many time steps are filled.
+    Its tensors are buffers, changed in place: a GPU that replays a recorded step looks for them at the same addresses.
     """
 
     def __init__(self, attention: MultiHeadAttention, batch_size: int):
         super().__init__()
-        head = attention.heads[0]
         weight = attention.joined_weight().detach()  # joined once here and not for every token
-        # On a GPU every token is to be the same work at the same addresses, which can be captured once and replayed. A
-        # CPU attends faster to the filled part alone, and a single query does so 4 times as fast in float32.
-        self.whole = weight.is_cuda
-        dtype = weight.dtype if self.whole else torch.float32
-        kv = weight.new_zeros(2, batch_size, len(attention.heads), len(head.tril), head.key.out_features, dtype=dtype)
+        # A GPU is to do the same work for every token, whatever the length, so that it can be recorded and replayed.
+        # A CPU is faster if only the filled part is looked at, and 4 times as fast for a single query in float32.
+        self.static = weight.is_cuda
+        dtype = weight.dtype if self.static else torch.float32
+        head = attention.heads[0]
+        shape = (batch_size, len(attention.heads), len(head.tril), head.key.out_features)
         self.register_buffer("weight", weight)
-        self.register_buffer("kv", kv)
+        self.register_buffer("keys", weight.new_zeros(shape, dtype=dtype))
+        self.register_buffer("values", weight.new_zeros(shape, dtype=dtype))
+        self.register_buffer("length", weight.new_zeros((), dtype=torch.long))
 
-    def append(self, kv: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Keep keys and values (2, B, H, T, D) of these time steps (T,); return those of all so far, (2, B, H, S, D).
+    def next_positions(self, count: int) -> torch.Tensor:
+        """Return the positions (count,) of the time steps that follow those in the cache."""
+        return self.length + torch.arange(count, device=self.length.device)
 
-        Or those of all `block_size` time steps, where `whole`, of which the later ones mean nothing.
+    def append(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Keep keys and values (B, H, T, D) of the next time steps.
+
+        Returns queries, keys and values in the dtype of the cache, keys and values of all S time steps so far, and
+        which of those each query sees (T, S). If `static`, S is block_size, and no query sees the empty rest.
         """
-        self.kv.index_copy_(3, positions, kv.to(self.kv.dtype))
-        return self.kv if self.whole else self.kv.narrow(3, 0, int(positions[-1]) + 1)
+        T = k.shape[2]
+        positions = self.next_positions(T)
+        self.keys.index_copy_(2, positions, k.to(self.keys.dtype))
+        self.values.index_copy_(2, positions, v.to(self.values.dtype))
+        self.length.add_(T)
+        S = self.keys.shape[2] if self.static else int(self.length)
+        k, v = self.keys[:, :, :S], self.values[:, :, :S]
+        visible = torch.arange(S, device=positions.device) <= positions[:, None]
+        return q.to(k.dtype), k, v, visible
+
+
+def fused_is_faster(q: torch.Tensor, dropout: Dropout) -> bool:
+    """Return whether to prefer the fused operation: always on a GPU, on a CPU in float32 if nothing is dropped.
+
+    There, forward and backward took 0.9 (64 time steps) to 0.4 (1024) of the plain form's time; in bfloat16, 3.0 to
+    0.8.
+    """
+    drops = dropout.training and dropout.p > 0
+    return q.is_cuda or (q.is_cpu and q.dtype == torch.float32 and not drops)
+
+
+def fused_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor, dropout: Dropout
+) -> torch.Tensor:
+    """Do what `attention` spells out, as one operation of torch's."""
+    p = dropout.p if dropout.training else 0.0
+    T, S = visible.shape
+    if T == S:  # all time steps at once, for which there is a kernel that needs no mask
+        return F.scaled_dot_product_attention(q, k, v, None, p, is_causal=True)
+    return F.scaled_dot_product_attention(q, k, v, visible, p)
 
 
 class Dropout(nn.Module):
@@ -376,9 +396,11 @@ class Dropout(nn.Module):
             return F.dropout(x, self.p)
         # One 64-bit random number decides for eight elements, 8 bits each, so p is rounded to 256ths. F.dropout draws
         # one number per element on a single core: a training step took 760 ms with it, takes 634 so, and 590 without.
-        keep = max(1, round((1 - self.p) * 256))
-        words = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
-        kept = words.view(torch.uint8)[: x.numel()].view(x.shape) <= keep - 1
+        keep = max(1, round((1 - self.p) * 256))  # of the 256 values of a byte
+        words = torch.empty(math.ceil(x.numel() / 8), dtype=torch.int64).random_(-(2**63), None)
+        kept = (
+            words.view(torch.uint8)[: x.numel()].view(x.shape) <= keep - 1
+        )  # "< keep" fails for 256, which is no byte
         return x * (kept.to(x.dtype) * (256 / keep))
 
 
@@ -396,14 +418,15 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     it generates text 1.5 times as fast.
     """
     one_row = x.device.type == "cpu" and x.numel() == x.shape[-1] and x.dtype == torch.float32
-    if not one_row or torch.is_grad_enabled() or len(weight) % (cores := torch.get_num_threads()):
+    cores = torch.get_num_threads()
+    if not one_row or torch.is_grad_enabled() or len(weight) % cores:
         return F.linear(x, weight, bias)
     pieces = weight.view(cores, -1, x.shape[-1]).transpose(1, 2)  # (cores, in_features, out_features / cores)
     y = torch.bmm(x.reshape(1, 1, -1).expand(cores, 1, -1), pieces).view(*x.shape[:-1], -1)
     return y if bias is None else y + bias
 
 
-# The file ------------------------------------------------------------------------------------------------------------
+# Vocabulary ----------------------------------------------------------------------------------------------------------
 
 
 class ModelFileError(ValueError):
@@ -424,28 +447,43 @@ class Vocabulary:
 
     @classmethod
     def from_file(cls, path: str | Path) -> Vocabulary:
-        """The characters in a `vocab.txt`. Raises OSError and ModelFileError."""
+        """Read a `vocab.txt`: each character followed by a line end, or any text. Raises OSError and ModelFileError."""
         try:
             text = Path(path).read_bytes().decode("utf-8")
         except UnicodeDecodeError:
             raise ModelFileError(f"{path}: not UTF-8 text; run data_extract.py again") from None
         if not text:
             raise ModelFileError(f"{path}: holds no characters; run data_extract.py again")
-        windows = re.search(r"(?<!\r)\n", text) is None  # Python's text mode ended every line with \r\n
-        return cls(text.replace("\r\n", "\n") if windows else text)
+        if not re.search(r"(?<!\r)\n", text):  # every line ends with \r\n: written in Python's text mode on Windows
+            text = text.replace("\r\n", "\n")
+        characters, line_ends = text[::2], text[1::2]
+        if len(characters) == len(line_ends) and set(line_ends) == {"\n"}:
+            return cls(characters)
+        return cls(text)  # of another shape, made by hand
+
+    def as_in_the_tutorial(self) -> Vocabulary:
+        """Return the characters that the tutorial finds in the same file, which it reads whole in text mode.
+
+        It takes the line ends for a character of the text, and text mode turns a carriage return into a line end.
+        """
+        return Vocabulary(self.characters.replace("\r", "\n") + "\n")
 
     def __len__(self) -> int:
         return len(self.characters)
 
     def encode(self, text: str) -> list[int]:
-        """Raises ValueError, naming it, for a character that is not in the vocabulary."""
+        """Return the token ids of the characters. Raises ValueError, naming it, for one not in the vocabulary."""
         try:
             return [self.ids[character] for character in text]
         except KeyError as error:
             raise ValueError(f"the character {error.args[0]!r} is not in the vocabulary") from None
 
     def decode(self, ids: list[int]) -> str:
+        """Return the text of these token ids."""
         return "".join(self.characters[i] for i in ids)
+
+
+# The model file ------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -464,7 +502,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     Until then, what stood at `path` stays as it was. Of a symbolic link the target is replaced. Raises OSError.
     """
     target = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
-    temporary = Path(f"{target}.tmp")  # in the same folder, since a file can't be moved to another disk at once
+    temporary = Path(f"{target}.tmp")  # in the same folder, since only there a rename is atomic
     try:
         with name_file_in_errors(path):
             with open(temporary, "wb") as file:
@@ -489,90 +527,60 @@ def save_model(path: str | Path, model: GPTLanguageModel, vocabulary: Vocabulary
 def load_model(
     path: str | Path, device: torch.device | str = "cpu", vocabulary: Vocabulary | None = None
 ) -> tuple[GPTLanguageModel, Vocabulary]:
-    """The model of a file in eval mode, and its vocabulary, or the one given for a file that has none.
+    """Return the model of a file in eval mode, and its vocabulary, or the given one for a file that has none.
 
-    Reads what `save_model` writes and the tutorial's models, whole or as a state_dict, from `pickle.dump` or
-    `torch.save`. Only data and tensors are read: no code in a file can run. Raises OSError and ModelFileError.
+    Reads what `save_model` writes and the tutorial's models, from `pickle.dump` or `torch.save`: whole, or their
+    weights, also in a checkpoint. No code in a file ever runs. Raises OSError and ModelFileError.
     """
     model, vocabulary = build_model(read_model_file(path), path, vocabulary)
     return model.to(device), vocabulary
 
 
-def read_model_file(path: str | Path) -> dict:
-    """What `save_model` has put into a file; of other files, the weights alone. Raises OSError and ModelFileError."""
-    with open(path, "rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        try:
-            reader = read_archive if zipfile.is_zipfile(file) else unpickle
-            file.seek(0)
-            content = reader(file)
-            if "weights" not in content:
-                content = {"weights": weights_of(content) if isinstance(content, Module) else content}
-            content["weights"] = float_weights(content["weights"], size)
-        except NotDataError as error:
-            raise ModelFileError(
-                f"{path}: not a model file: it asks for {error}, which no model needs; use one that training.py saved"
-            ) from None
-        except Exception as error:  # whatever a damaged or foreign file may cause
-            raise ModelFileError(f"{path}: not a model file, or a damaged one; train one with training.py") from error
-    return content
-
-
 def build_model(
     content: dict, path: str | Path, vocabulary: Vocabulary | None = None
 ) -> tuple[GPTLanguageModel, Vocabulary]:
-    """The model in eval mode and the vocabulary of what `read_model_file` has read. Raises ModelFileError."""
+    """Make the model, in eval mode, and the vocabulary of what `read_model_file` returned. Raises ModelFileError."""
+    weights = content["weights"]
     try:
-        shape = shape_of(content["weights"])
+        shape = shape_of(weights)
         config = {**content.get("config", {}), **shape}
         if config != content.get("config", shape):
-            raise ValueError("a shape that is not that of the weights")
-        with WithoutInit():
-            model = GPTLanguageModel(**config)
-        model.load_state_dict(content["weights"], assign=True)
+            raise ValueError("the shape is not that of the weights")
+        model = GPTLanguageModel(**config)
+        model.load_state_dict(weights, assign=True)
         if "vocabulary" in content:
-            if type(content["vocabulary"]) is not str or len(set(content["vocabulary"])) != shape["vocab_size"]:
-                raise ValueError("a vocabulary that is not that of the weights")
-            vocabulary = Vocabulary(content["vocabulary"])
+            characters = content["vocabulary"]
+            if type(characters) is not str or len(set(characters)) != shape["vocab_size"]:
+                raise ValueError("the vocabulary is not that of the weights")
+            vocabulary = Vocabulary(characters)
     except Exception as error:  # parts that are missing, of the wrong type or of the wrong shape
+        if is_out_of_memory(error):
+            raise
         raise ModelFileError(
             f"{path}: not a GPTLanguageModel: weights, shape and vocabulary do not fit; train one with training.py"
         ) from error
-    for name, weight in content["weights"].items():
+    for name, weight in weights.items():
         if not (weight.abs() <= MAX_WEIGHT).all():
             raise ModelFileError(f"{path}: {name} is NaN or absurd in places; use a file from before that happened")
     if vocabulary is None:
         raise ModelFileError(f"{path}: holds no vocabulary; name the vocab.txt it was trained with: -vocab vocab.txt")
-    knows = shape["vocab_size"]
-    if len(vocabulary) == knows + 1:  # the tutorial reads its vocab.txt in Python's text mode, which has no \r
-        vocabulary = Vocabulary(vocabulary.characters.replace("\r", ""))
-    if len(vocabulary) != knows:
+    if "vocabulary" not in content and len(vocabulary.as_in_the_tutorial()) == shape["vocab_size"]:
+        vocabulary = vocabulary.as_in_the_tutorial()
+    if len(vocabulary) != shape["vocab_size"]:
         raise ModelFileError(
-            f"{path}: knows {knows} characters, the given vocabulary has {len(vocabulary)}; "
+            f"{path}: knows {shape['vocab_size']} characters, the given vocabulary has {len(vocabulary)}; "
             "name the vocab.txt it was trained with: -vocab vocab.txt"
         )
     return model.eval(), vocabulary
 
 
-class WithoutInit(TorchFunctionMode):
-    """Within it, modules are left with whatever was in memory: no time is spent on weights that a file replaces.
-
-    A model on the "meta" device would do as well, but makes torch import for a second.
-    """
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if getattr(function, "__module__", None) == "torch.nn.init":
-            return kwargs.get("tensor") if kwargs else args[0]
-        return function(*args, **(kwargs or {}))
-
-
 def shape_of(weights: dict[str, torch.Tensor]) -> dict[str, int]:
-    """The constructor's arguments that fit the weights. Raises one of many exceptions for other weights."""
+    """Return the constructor's arguments that fit the weights. Raises one of many exceptions for other weights."""
     vocab_size, n_embd = weights["token_embedding_table.weight"].shape
     layers = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
     heads = {name.split(".")[4] for name in weights if name.startswith("blocks.0.sa.heads.")}
     if len(weights) != 6 + len(layers) * (10 + 3 * len(heads)):
-        raise ValueError("weights that are missing, before it takes time to build a model for them")
+        raise ValueError("some weights are missing, so it is of no use to build a model for them")
     return {
         "vocab_size": vocab_size,
         "n_embd": n_embd,
@@ -582,183 +590,172 @@ def shape_of(weights: dict[str, torch.Tensor]) -> dict[str, int]:
     }
 
 
-def float_weights(weights: dict[str, torch.Tensor], size: int) -> dict[str, torch.Tensor]:
-    """The weights in float32, each with memory of its own, less the triangles, which the tutorial saves with them.
+# Reading a model file without running it -----------------------------------------------------------------------------
+#
+# A pickle may call any function when it is read. Here, a name in a file is looked up in a short list of what data is
+# made with, or gets a StandIn, or the file is refused; Python's own look-up by name is never reached.
 
-    Raises one of many exceptions for anything else, and for more numbers than a file of this size can hold.
+# Classes of a model and of what may be wrapped around it, in modules of any name
+MODEL_CLASSES = ("Head", "MultiHeadAttention", "FeedForward", "FeedFoward", "Block", "GPTLanguageModel")
+MODEL_CLASSES += ("Linear", "Dropout", "OptimizedModule")
+# Beginnings of names that models and checkpoints hold beside their weights
+HARMLESS = ("torch.nn.", "numpy.", "argparse.Namespace", "pathlib.")
+# Where checkpoints keep the weights
+WEIGHT_KEYS = ("weights", "model", "model_state_dict", "state_dict")
+
+
+class UnreadableError(ValueError):
+    """A file is no model file; the message says why and what to do."""
+
+
+class StandIn:
+    """Take the place of any class or function; keep the attributes of a module and do nothing else."""
+
+    def __init__(self, *_):
+        self.attributes = {}
+
+    def __setstate__(self, state) -> None:
+        self.attributes = state if type(state) is dict else {}
+
+
+def read_model_file(path: str | Path) -> dict:
+    """Return what `save_model` has put into a file; of other files, the weights. Raises OSError and ModelFileError."""
+    with name_file_in_errors(path):
+        data = Path(path).read_bytes()
+    try:
+        content = unpickle(data)
+        weights = find_weights(content, len(data))
+    except UnreadableError as error:
+        raise ModelFileError(f"{path}: {error}") from error
+    except Exception as error:  # whatever a damaged or foreign file may cause
+        if is_out_of_memory(error):
+            raise
+        raise ModelFileError(f"{path}: {unreadable_because(data)}") from error
+    ours = type(content) is dict and "weights" in content
+    return {**(content if ours else {}), "weights": weights}
+
+
+def unreadable_because(data: bytes) -> str:
+    """Return why a file that can't be read is no model file, as far as its first bytes tell, and what to do."""
+    if not data:
+        return "not a model file: it is empty; copy or download it again, or train one with training.py"
+    if data[8:10] == b'{"':
+        return "not a model file but one of safetensors, which is not read; train one with training.py"
+    if data.startswith((b"PK", b"\x80")):
+        return "not a model file, or one that is cut short or damaged; copy or download it again"
+    return "not a model file; train one with training.py"
+
+
+def unpickle(data: bytes):
+    """Return the data in a file of `torch.save` or `pickle.dump`. Raises one of many exceptions for other files."""
+    file = io.BytesIO(data)
+    if data.startswith(LEGACY_START):
+        return load_with_torch(file)
+    if not data.startswith(b"PK"):
+        return DataUnpickler(file).load()
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        # torch.save never compresses; a compressed member could unpack to a thousand times its size.
+        if any(entry.compress_type for entry in entries) or sum(entry.file_size for entry in entries) > len(data):
+            raise ValueError("members that take more memory than the file")
+        if archive.testzip() is not None:  # torch.load does not look at the check sums
+            raise ValueError("a member is damaged")
+    names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    stand_ins = [(stand_in(name), name) for name in names]
+    file.seek(0)
+    with torch.serialization.safe_globals(stand_ins):
+        return load_with_torch(file)
+
+
+def load_with_torch(file: BinaryIO):
+    """Read what `torch.save` wrote with PyTorch's weights-only unpickler, which calls only a list of its own."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of pickle protocols; what can't be read is an error anyway
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def stand_in(name: str) -> type[StandIn]:
+    """Return what a class or function of this full name becomes. Raises UnreadableError if no model needs it."""
+    if name.rpartition(".")[2] in MODEL_CLASSES or name.startswith(HARMLESS):
+        return StandIn
+    name = ascii(name[:80])
+    raise UnreadableError(f"not a model file: it asks for {name}, which no model needs; use one of training.py")
+
+
+class DataUnpickler(pickle.Unpickler):
+    """Read data, tensors and the attributes of modules from a file of `pickle.dump`."""
+
+    def find_class(self, module: str, name: str):
+        """Return what the pickle may call by this name."""
+        name = f"{module}.{name}"
+        return KNOWN[name] if name in KNOWN else stand_in(name)
+
+
+def load_storage(data: bytes):
+    """Return a storage, which a pickle holds as a whole file of torch.save in its old format."""
+    return load_with_torch(io.BytesIO(data))
+
+
+def rebuild_tensor(storage: torch.TypedStorage, start: int, size: tuple, stride: tuple, *_) -> torch.Tensor:
+    """Return the tensor of this shape in a storage; as_strided refuses what would lie outside."""
+    return torch.empty(0, dtype=storage.dtype).set_(storage).as_strided(size, stride, start)
+
+
+LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # what torch.save wrote before version 1.6
+KNOWN = {
+    "torch.storage._load_from_bytes": load_storage,
+    "torch._utils._rebuild_tensor_v2": rebuild_tensor,
+    "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+    "collections.OrderedDict": OrderedDict,
+    "builtins.set": set,
+    # in protocols 0 to 2
+    "__builtin__.set": set,
+    "__builtin__.object": object,
+    "copy_reg._reconstructor": lambda *_: StandIn(),
+    "_codecs.encode": lambda text, _: text.encode("latin1"),
+}
+
+
+def find_weights(content, size: int) -> dict[str, torch.Tensor]:
+    """Return the weights in what a file of this size holds, by their names in a GPTLanguageModel.
+
+    They come in float32, each with memory of its own. Raises UnreadableError if there are no such weights, and one of
+    many exceptions for what is no tensor of numbers or holds more of them than the file.
     """
-    if sum(weight.nbytes for weight in weights.values()) > size:
+    if isinstance(content, dict):
+        content = next((content[key] for key in WEIGHT_KEYS if key in content), content)
+    named = module_weights(content) if isinstance(content, StandIn) else content
+    tensors = {}
+    for name, tensor in dict(named).items():
+        # torch.compile and DistributedDataParallel wrap a module in another, whose name shows in those of the weights.
+        parts = [part for part in name.split(".") if part not in ("_orig_mod", "module")]
+        if parts[-1] != "tril":  # the tutorial saves its masks with the weights
+            tensors[".".join(parts)] = tensor
+    if "token_embedding_table.weight" not in tensors:
+        names = ", ".join(ascii(name[:40]) for name in [*tensors][:3])
+        raise UnreadableError(
+            f"not a model file: it holds {names or 'nothing'} where weights of a GPTLanguageModel belong"
+        )
+    if sum(tensor.nbytes for tensor in tensors.values()) > size:
         raise ValueError("more numbers than the file has")
-    return {name: torch.empty(w.shape).copy_(w) for name, w in weights.items() if not name.endswith(".tril")}
+    return {name: plain(tensor) for name, tensor in tensors.items()}
 
 
-def weights_of(module: Module, prefix: str = "") -> dict[str, torch.Tensor]:
-    """The weights of a whole module by their names. Raises one of many exceptions for anything else."""
+def module_weights(module: StandIn, prefix: str = "") -> dict[str, torch.Tensor]:
+    """Return the weights of a whole module by their names. Raises one of many exceptions for anything else."""
     if len(prefix) > 100:
         raise ValueError("modules that are nested deeper than a model's")
-    weights = {prefix + name: weight for name, weight in module["_parameters"].items() if weight is not None}
-    for name, child in module["_modules"].items():
-        weights |= weights_of(child, f"{prefix}{name}.")
+    weights = {prefix + name: weight for name, weight in module.attributes["_parameters"].items() if weight is not None}
+    for name, child in module.attributes["_modules"].items():
+        weights |= module_weights(child, f"{prefix}{name}.")
     return weights
 
 
-# A pickle is a program for a machine with a stack, which Python's own unpickler lets build anything and call anything.
-# The one here has only what data takes, and what it may call is listed in NAMES. The functions raise one of many
-# exceptions for what is no such pickle.
-
-
-class NotDataError(Exception):
-    """A pickle asks for something that no model needs; the message names it."""
-
-
-class Module(dict):
-    """The attributes of a module in a file, whatever its class; made empty, whatever it is called with in a file."""
-
-    def __init__(self):
-        super().__init__()
-
-
-def read_archive(file: BinaryIO):
-    """The data in a file of `torch.save`: a zip archive with a pickle, and a member for each storage."""
-    size = file.seek(0, os.SEEK_END)
-    with zipfile.ZipFile(file) as archive:
-        entries = archive.infolist()
-        if any(entry.compress_type for entry in entries) or sum(entry.file_size for entry in entries) > size:
-            raise ValueError("members that take more memory than the file")
-        members = {name: bytearray(archive.read(name)) for name in archive.namelist()}
-    [name] = [name for name in members if name.endswith("data.pkl")]
-    folder = name.removesuffix(".pkl") + "/"
-
-    def storage(_, dtype: torch.dtype, key: str, _device, count: int) -> torch.Tensor:
-        return numbers(members[folder + key], dtype, count)
-
-    return unpickle(io.BytesIO(members[name]), storage)
-
-
-def read_storage(data: bytes) -> torch.Tensor:
-    """A storage inside a file of `pickle.dump`: five pickles, the count of its numbers, and the numbers."""
-    file = io.BytesIO(data)
-    _magic, _version, _system, identity, _keys = [unpickle(file, lambda *identity: identity) for _ in range(5)]
-    (count,) = struct.unpack("<q", file.read(8))
-    return numbers(bytearray(file.read()), identity[1], count)
-
-
-def numbers(data: bytearray, dtype: torch.dtype, count: int) -> torch.Tensor:
-    storage = torch.frombuffer(data, dtype=dtype)
-    if len(storage) != count:
-        raise ValueError("a storage of another size")
-    return storage
-
-
-def rebuild_tensor(storage: torch.Tensor, start: int, size: tuple, stride: tuple, *_) -> torch.Tensor:
-    tensor = storage.as_strided(size, stride, start)
-    if not tensor.is_contiguous():  # such as one number in 2^40 places, none of which an optimizer may write to
-        raise ValueError("a tensor whose numbers are not side by side")
-    return tensor
-
-
-def unpickle(file: BinaryIO, find_storage: Callable | None = None):
-    """Follow the instructions of one pickle and return what they build; `find_storage` finds what is stored elsewhere.
-
-    That is a tree, never larger than the file allows: only names and short strings may occur again.
-    """
-    stack, marks, memo = [], [], []
-    for instruction, argument, _ in pickletools.genops(file):
-        takes = instruction.stack_before  # what it takes off the stack
-        start = marks.pop() - takes.index(markobject) if markobject in takes else len(stack) - len(takes)
-        if start < 0:
-            raise ValueError("takes more than is on the stack")
-        items = stack[start:]
-        del stack[start:]
-        match instruction.name:
-            case "PROTO" | "FRAME":
-                pass
-            case "MARK":
-                marks.append(len(stack))
-            case "PUT" | "BINPUT" | "LONG_BINPUT" | "MEMOIZE":
-                stack += items
-                if argument not in (None, len(memo)):
-                    raise ValueError("remembers objects out of order")
-                memo.append(stack[-1])
-            case "GET" | "BINGET" | "LONG_BINGET":
-                item = memo[argument]
-                if isinstance(item, (tuple, list, dict, bytes)) or (isinstance(item, str) and len(item) > 200):
-                    raise ValueError("an object that occurs twice: in 200 bytes, such can be nested to 2^40 items")
-                stack.append(item)
-            case name if name in CONSTANTS:
-                stack.append(CONSTANTS[name])
-            case name if name in LITERALS:
-                stack.append(argument)
-            case "EMPTY_TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3" | "TUPLE":
-                stack.append(tuple(items))
-            case "EMPTY_LIST" | "LIST" | "EMPTY_SET":  # the sets are of no interest
-                stack.append(items)
-            case "EMPTY_DICT" | "DICT":
-                stack.append(as_dict(items))
-            case "APPEND" | "APPENDS" | "ADDITEMS":
-                items[0].extend(items[1:])
-                stack.append(items[0])
-            case "SETITEM" | "SETITEMS":
-                items[0].update(as_dict(items[1:]))
-                stack.append(items[0])
-            case "GLOBAL" | "STACK_GLOBAL":
-                name = argument or " ".join(items)
-                if name not in NAMES:
-                    raise NotDataError(ascii(name.replace(" ", ".")[:80]))
-                stack.append(NAMES[name])
-            case "REDUCE" | "NEWOBJ":
-                stack.append(items[0](*items[1]))
-            case "BUILD":
-                if isinstance(items[0], Module):
-                    items[0].update(**items[1])
-                stack.append(items[0])
-            case "BINPERSID":
-                stack.append(find_storage(*items[0]))
-            case "STOP":
-                return items[0]
-            case _:
-                raise ValueError("an instruction that no model needs")
-
-
-def as_dict(items: list) -> dict:
-    """Keys and values in turn -> dict. No other keys: Python crashes on the hash of deeply nested tuples."""
-    keys = items[::2]
-    if not all(type(key) is str or (type(key) is int and 0 <= key < 2**31) for key in keys):
-        raise ValueError("keys that no model has")
-    return dict(zip(keys, items[1::2], strict=True))
-
-
-CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-LITERALS = {
-    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
-    *("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8"),
-}
-NAMES = {
-    "torch FloatStorage": torch.float32,
-    "torch DoubleStorage": torch.float64,
-    "torch HalfStorage": torch.float16,
-    "torch BFloat16Storage": torch.bfloat16,
-    "torch BoolStorage": torch.bool,
-    "torch.storage _load_from_bytes": read_storage,
-    "torch._utils _rebuild_tensor_v2": rebuild_tensor,
-    "torch._utils _rebuild_parameter": lambda tensor, *_: tensor,
-    "collections OrderedDict": lambda: {},
-    "builtins set": list,
-    "__builtin__ set": list,  # so called before protocol 3
-    "__builtin__ object": None,
-    "copy_reg _reconstructor": lambda module, *_: module(),  # instead of NEWOBJ in protocols 0 and 1
-    "_codecs encode": lambda text, _: text.encode("latin1"),  # bytes in protocols 0 to 2
-}
-MODULES = {
-    "__main__": ("Head", "MultiHeadAttention", "FeedFoward", "FeedForward", "Block", "GPTLanguageModel"),
-    "torch.nn.modules.container": ("ModuleList", "Sequential"),
-    "torch.nn.modules.sparse": ("Embedding",),
-    "torch.nn.modules.linear": ("Linear",),
-    "torch.nn.modules.normalization": ("LayerNorm",),
-    "torch.nn.modules.activation": ("ReLU",),
-    "torch.nn.modules.dropout": ("Dropout",),
-}
-NAMES |= {f"{module} {name}": Module for module, names in MODULES.items() for name in names}
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy in float32, with memory of its own. Raises ValueError for other tensors than of real numbers."""
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or not tensor.is_floating_point():
+        raise ValueError("a tensor that is no weight")
+    return torch.empty(tensor.shape).copy_(tensor.detach())
 
 
 # What training.py and chatbot.py share of their command lines --------------------------------------------------------
