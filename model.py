@@ -660,6 +660,7 @@ def unpickle(data: bytes):
             raise ValueError("members that take more memory than the file")
         if archive.testzip() is not None:  # torch.load does not look at the check sums
             raise ValueError("a member is damaged")
+    file.seek(0)
     names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
     stand_ins = [(stand_in(name), name) for name in names]
     file.seek(0)

@@ -1087,6 +1087,10 @@ def work_out_defaults(parser: argparse.ArgumentParser, args: argparse.Namespace)
     warmup_iters = args.warmup_iters
     if warmup_iters is None:
         warmup_iters = min(150, args.max_iters // 3)
+    plot = args.plot
+    if plot and importlib.util.find_spec("matplotlib") is None:
+        print("no picture will be drawn: -plot needs matplotlib, pip install matplotlib", file=sys.stderr)
+        plot = None
     device_name = args.device
     if device_name in (None, "cuda") and torch.cuda.is_available():
         device_name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # a card for each process
@@ -1102,6 +1106,7 @@ def work_out_defaults(parser: argparse.ArgumentParser, args: argparse.Namespace)
         "warmup_iters": warmup_iters,
         "device": device,
         "dtype": dtype,
+        "plot": plot,
         "compile": args.compile or ("on" if device.type == "cuda" else "off"),
         "arguments": tuple(f"-{name}={value}" for name, value in saved.items() if value is not None),
     }
@@ -1142,8 +1147,6 @@ def check_outputs(settings: Settings) -> None:
     twin = sibling(model, "" if model.suffix == ".pkl" else ".pkl")
     if twin.is_file():
         raise TrainingError(f"{model}: would share its state and metrics with {twin}; name another -model")
-    if settings.plot and importlib.util.find_spec("matplotlib") is None:
-        raise TrainingError(f"{settings.plot}: can't be drawn without matplotlib; pip install matplotlib")
 
 
 def starting_model(settings: Settings, start: Start | None) -> tuple[GPTLanguageModel, Vocabulary]:

@@ -82,7 +82,8 @@ def finished_run(tmp_path_factory) -> dict[str, bytes]:
     folder = write_texts(tmp_path_factory.mktemp("run"))
     with pytest.MonkeyPatch.context() as patch, training.Interruption() as interruption:
         patch.chdir(folder)
-        assert training.run(training.parse_args([*TINY, "-max_iters=2", "-model=run.pkl"]), interruption) == 0
+        settings, start = training.parse_args([*TINY, "-max_iters=2", "-model=run.pkl"])
+        assert training.run_training(settings, start, interruption) == 0
     return read_folder(folder)
 
 
@@ -165,7 +166,10 @@ def extract_here(monkeypatch):
 @pytest.fixture
 def run_main(tmp_path, monkeypatch, extract_here, one_thread):
     """`run_main("chatbot.py", "-top_k", 3, stdin=..., stdout=...)` runs a script's main() in this process."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    names = ("SIGINT", "SIGTERM", "SIGHUP")
+    handlers = {
+        number: signal.getsignal(number) for number in (getattr(signal, n) for n in names if hasattr(signal, n))
+    }
 
     def run(name: str, *args, cwd: Path = tmp_path, **streams) -> subprocess.CompletedProcess:
         modes = {"stdin": "strict", "stdout": "strict", "stderr": "backslashreplace"}  # as Python has it
@@ -212,11 +216,13 @@ def wait_for(condition, seconds: float = 10) -> None:
         time.sleep(0.01)
 
 
-def wait_until_shown(process: subprocess.Popen, text: str) -> None:
-    """Read standard error up to this text."""
+def wait_until_shown(process: subprocess.Popen, text: str, stream: str = "stderr") -> None:
+    """Read standard error, or standard output, up to this text."""
     shown = ""
     while text not in shown:
-        shown += process.stderr.read(1) or pytest.fail(shown)
+        character = getattr(process, stream).read(1)
+        assert character, shown
+        shown += character
 
 
 def processes_of(group: int) -> dict[int, str]:

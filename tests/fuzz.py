@@ -78,12 +78,17 @@ def resume(path: Path) -> None:
     """As training.py does, for one step."""
     folder = path.parent
     name = path.name.removesuffix(".state.pkl") + ".pkl"
-    args = training.parse_args(["-resume", "-model", str(folder / name)])
-    args.batch_size, args.eval_iters, args.data_dir = 4, 1, folder  # however many there are now
-    run = training.Run(args, *training.starting_model(args))
-    run.restore(args.state)
-    batch = training.get_batch(run.train_text, run.step, args)
-    training.train_step(run.model.train(), run.optimizer, batch, run.step, args)
+    settings, start = training.parse_args(["-resume", "-model", str(folder / name)])
+    changed = {"batch_size": 4, "eval_iters": 1, "data_dir": folder}  # however many there are now
+    settings = training.Settings(**{**vars(settings), **changed})
+    texts = [
+        training.Text(folder / f"output_{name}.txt", start.vocabulary, settings.block_size) for name in ("train", "val")
+    ]
+    optimizer = training.Optimizer(start.model, settings)
+    run = training.Run(settings, start.model, start.vocabulary, *texts, optimizer, training.Record())
+    run = training.restore(run, start.state)
+    settings = training.Settings(**{**vars(settings), "max_iters": run.record.step + 1})
+    training.train(run._replace(settings=settings), training.Interruption())
 
 
 def outcome(path: Path) -> str:

@@ -1,5 +1,7 @@
 """training.py: rows drawn from any text, a recipe that learns, and runs that can be stopped, resumed and trusted."""
 
+import errno
+import io
 import math
 import os
 import random
@@ -15,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, assert_fails, metrics, put, signals, wait_until_shown, write_texts
+from conftest import TINY, assert_fails, metrics, posix, put, read_folder, signals, wait_until_shown, write_texts
 
 import training
 from model import GPTLanguageModel, Vocabulary, load_model, read_model_file, save_model
@@ -29,7 +31,8 @@ SAME = ["-max_iters", 50, "-eval_interval", 5, "-dropout", 0, "-learning_rate", 
 
 
 def args(*flags):
-    return training.parse_args([*TINY, *map(str, flags)])
+    settings, _ = training.parse_args([*TINY, *map(str, flags)])
+    return settings
 
 
 def open_text(folder: Path, block_size: int) -> training.Text:
@@ -182,7 +185,7 @@ def test_only_matrices_are_decayed(optimizer):
             parameter.normal_()
             parameter.grad = torch.zeros_like(parameter)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    optimizer.step(0)
+    optimizer.step(0.01, grad_clip=1.0)
     for name, parameter in model.named_parameters():
         assert (parameter.norm() < before[name].norm()) if parameter.dim() == 2 else parameter.equal(before[name]), name
 
@@ -193,7 +196,8 @@ def test_muon_gets_the_matrices_inside_the_blocks_and_adamw_the_rest():
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     muon, adamw = training.Optimizer(model, args("-optimizer", "muon", "-weight_decay", 0)).parts
-    muon.join_gradients()
+    for group in muon.param_groups:
+        group["lr"] = 0.01
     muon.step()
     for name, parameter in model.named_parameters():
         assert parameter.equal(before[name]) == (parameter.dim() < 2 or not name.startswith("blocks.")), name
@@ -203,56 +207,81 @@ def test_muon_gets_the_matrices_inside_the_blocks_and_adamw_the_rest():
         assert parameter.equal(before[name]) == (parameter.dim() == 2 and name.startswith("blocks.")), name
 
 
-def test_muon_turns_the_heads_of_a_layer_together():
-    model = GPTLanguageModel(7, n_embd=16, n_head=2, n_layer=1, block_size=4)
-    for parameter in model.parameters():
-        parameter.grad = torch.randn_like(parameter)
-    heads = [head.value.weight for head in model.blocks[0].sa.heads]
-    joined = torch.nn.Parameter(torch.cat(heads))
-    joined.grad = torch.cat([weight.grad for weight in heads])
-    torch.optim.Muon([joined], weight_decay=0.1).step()
-    muon, _ = training.Optimizer(model, args("-optimizer", "muon", "-weight_decay", 0.1)).parts
-    muon.join_gradients()
-    muon.param_groups[0]["lr"] = 1e-3  # torch's default
-    muon.step()
-    torch.testing.assert_close(torch.cat(heads), joined, atol=1e-5, rtol=0)
-
-
-def test_muon_works_in_float32_where_bfloat16_is_slow(monkeypatch):
-    seen = []
+def test_muon_equals_torchs_on_the_joined_heads_of_a_layer(monkeypatch):
+    """Three steps, in float32 as on a processor without bfloat16 units; torch's own works in bfloat16."""
     monkeypatch.setattr(training, "default_dtype", lambda device: torch.float32)
-    monkeypatch.setattr(torch, "addmm", lambda *args, **kwargs: seen.append(args[0].dtype) or ADDMM(*args, **kwargs))
-    model = GPTLanguageModel(7, n_embd=16, n_head=2, n_layer=1, block_size=4)
-    for parameter in model.parameters():
-        parameter.grad = torch.randn_like(parameter)
-    training.Optimizer(model, args("-optimizer", "muon")).step(0)
-    assert seen and set(seen) == {torch.float32}
+    model = GPTLanguageModel(7, n_embd=16, n_head=2, n_layer=2, block_size=4)
+    blocks = model.blocks
+    matrices = [[head.value.weight for head in blocks[1].sa.heads]]
+    matrices += [[blocks[0].sa.proj.weight], [blocks[1].ffwd.net[0].weight], [blocks[0].ffwd.net[2].weight]]
+    joined = [torch.nn.Parameter(torch.cat(parts).detach().clone()) for parts in matrices]
+    theirs = torch.optim.Muon(joined, weight_decay=0.1, lr=0.01)
+    ours, _ = training.Optimizer(model, args("-optimizer", "muon", "-weight_decay", 0.1)).parts
+    for group in ours.param_groups:
+        group["lr"] = 0.01
+    for _ in range(3):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        for copy, parts in zip(joined, matrices):
+            copy.grad = torch.cat([part.grad for part in parts])
+        ours.step()
+        theirs.step()
+    for copy, parts in zip(joined, matrices):
+        torch.testing.assert_close(torch.cat(parts), copy, atol=2e-3, rtol=0)  # of updates of up to 3e-2
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 32, 8), (2, 8, 32)])
+def test_orthogonalized_matrices_have_singular_values_of_about_1(shape, monkeypatch):
+    monkeypatch.setattr(training, "default_dtype", lambda device: torch.float32)
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 1e-3
+    values = torch.linalg.svdvals(training.orthogonalize(matrices))
+    assert values.min() > 0.4 and values.max() < 1.3
+    alone = torch.cat([training.orthogonalize(matrix[None]) for matrix in matrices])
+    torch.testing.assert_close(training.orthogonalize(matrices), alone)
+
+
+@pytest.mark.parametrize(
+    ("fast", "expected"), [("float32", "float32"), ("float16", "float32"), ("bfloat16", "bfloat16")]
+)
+def test_muon_works_in_bfloat16_only_where_that_is_fast(monkeypatch, fast, expected):
+    monkeypatch.setattr(training, "default_dtype", lambda device: getattr(torch, fast))
+    assert training.orthogonalize(torch.ones(1, 2, 2)).dtype == getattr(torch, expected)
 
 
 def test_a_clip_of_0_clips_nothing(train, texts):
-    without, with_a_high_one, with_a_low_one = (
-        train("-max_iters", 3, "-grad_clip", clip) and weights(texts) for clip in (0, 1e9, 0.01)
-    )
-    assert without.equal(with_a_high_one) and not without.equal(with_a_low_one)
+    found = {}
+    for clip in (0, 1e9, 0.01):
+        train("-max_iters", 3, "-grad_clip", clip)
+        found[clip] = weights(texts)
+    assert found[0].equal(found[1e9]) and not found[0].equal(found[0.01])
+
+
+def new_run(folder: Path, *flags) -> training.Run:
+    settings = args("-data_dir", folder, "-model", folder / "model-01.pkl", *flags)
+    torch.manual_seed(settings.seed)
+    model, vocabulary = training.starting_model(settings, None)
+    texts = [training.Text(folder / f"output_{name}.txt", vocabulary, 8) for name in ("train", "val")]
+    return training.Run(settings, model, vocabulary, *texts, training.Optimizer(model, settings), training.Record())
+
+
+def train_until(run: training.Run, step: int) -> None:
+    """Go on with a run to this step, in this process."""
+    settings = args("-data_dir", run.settings.data_dir, "-model", run.settings.model, "-max_iters", step)
+    settings = training.Settings(**{**vars(run.settings), "max_iters": settings.max_iters})
+    training.train(run._replace(settings=settings), training.Interruption())
 
 
 def test_float16_scales_gradients_and_skips_a_step_that_overflows(texts):
-    recipe = args("-dtype", "float16", "-dropout", 0)
-    model, text = GPTLanguageModel(11, 16, 2, 1, 8, dropout=0.0), open_text(texts, 8)
-    optimizer = training.Optimizer(model, recipe)
-    scale = optimizer.scaler.get_scale()
-    assert scale > 1
-
-    def learn(step: int) -> float:
-        return training.train_step(model, optimizer, training.get_batch(text, step, recipe), step, recipe).item()
-
-    losses = [learn(step) for step in range(60)]
-    assert losses[-1] < losses[0] - 0.3
-    before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    optimizer.scaler.load_state_dict({**optimizer.scaler.state_dict(), "scale": 2.0**120})
-    learn(60)
-    assert_same(dict(model.state_dict()), before)
-    assert optimizer.scaler.get_scale() < 2.0**120
+    run = new_run(texts, "-dtype", "float16", "-dropout", 0, "-eval_interval", 30)
+    assert run.optimizer.scaler.get_scale() > 1
+    train_until(run, 60)
+    (_, first, *_), (_, last, *_) = run.record.metrics
+    assert last < first < math.log(11)
+    before = {name: weight.clone() for name, weight in run.model.state_dict().items()}
+    run.optimizer.scaler.load_state_dict({**run.optimizer.scaler.state_dict(), "scale": 2.0**120})
+    train_until(run, 61)
+    assert_same(dict(run.model.state_dict()), before)
+    assert run.optimizer.scaler.get_scale() < 2.0**120
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -345,7 +374,7 @@ def test_interrupted_processes_end_after_the_same_step(texts, start_script, rece
     command = "torchrun --nproc_per_node=2 training.py -resume"
     (step,) = re.findall(rf"interrupted after step (\d+); to go on: {command}", errors)
     state = read_model_file(texts / "model-01.state.pkl")["training"]
-    assert run.returncode != 0 and state["progress"][0] == int(step)
+    assert run.returncode != 0 and state["record"]["step"] == int(step)
 
 
 # Evaluating ----------------------------------------------------------------------------------------------------------
@@ -355,12 +384,13 @@ def test_interrupted_processes_end_after_the_same_step(texts, start_script, rece
 def test_evaluation_predicts_every_character_but_the_first_once(tmp_path, monkeypatch, block_size):
     monkeypatch.setattr(training, "CHUNK", 10)  # so that chunks end inside windows and inside characters
     vocabulary = Vocabulary(MIXED)
+    settings = args("-batch_size", 3, "-block_size", block_size)
     for length in range(block_size + 1, block_size + 70):
         content = shuffled_text(2)[:length]
         text = open_text(write_texts(tmp_path, content, vocabulary=MIXED), block_size)
-        batches, whole = training.evaluation_batches(text, 70, 1, args("-batch_size", 3, "-block_size", block_size))
-        rows = [row.tolist() for offsets, row_length in batches for row in text.rows(offsets, row_length)]
-        assert whole and all(len(row) == block_size + 1 for row in rows[:-1])
+        chosen = training.choose_rows(text, 70, 1, settings)
+        rows = [row.tolist() for offsets, row_length in chosen.batches for row in text.rows(offsets, row_length)]
+        assert chosen.is_whole and all(len(row) == block_size + 1 for row in rows[:-1])
         assert vocabulary.decode([rows[0][0], *(i for row in rows for i in row[1:])]) == content
 
 
@@ -370,30 +400,31 @@ def test_the_loss_of_a_whole_text_is_the_mean_over_its_characters(tmp_path):
     vocabulary = Vocabulary.from_file(tmp_path / "vocab.txt")
     model = GPTLanguageModel(len(vocabulary), 16, 2, 1, 8)
     torch.nn.init.normal_(model.lm_head.weight)  # so that characters differ in their loss
-    batches, whole = training.evaluation_batches(text, 13, 1, args("-batch_size", 3))
+    rows = training.choose_rows(text, 13, 1, args("-batch_size", 3))
     losses, ids = [], vocabulary.encode(content)
     model.eval()
     for i in range(1, 101):
         start = (i - 1) // 8 * 8
         logits, _ = model(torch.tensor([ids[start:i]]))
         losses.append(-logits[0, -1].log_softmax(0)[ids[i]].item())
-    assert whole
-    assert training.mean_loss(model, text, batches, CPU) == pytest.approx(np.mean(losses), abs=1e-5)
+    assert rows.is_whole
+    assert training.mean_loss(model, rows, CPU) == pytest.approx(np.mean(losses), abs=1e-5)
 
 
 def test_a_text_too_long_to_evaluate_whole_is_seen_at_fixed_places(texts):
     text = open_text(texts, 8)
-    first, second = (training.evaluation_batches(text, 10, 30, args()) for _ in range(2))
-    assert not first[1] and sum(len(offsets) for offsets, _ in first[0]) == 30
-    assert all(np.array_equal(a, b) and length == 9 for (a, length), (b, _) in zip(first[0], second[0]))
-    assert training.evaluation_batches(text, 575, 30, args())[1]  # 4600 characters are 575 windows
+    first, second = (training.choose_rows(text, 10, 30, args()) for _ in range(2))
+    assert not first.is_whole and sum(len(offsets) for offsets, _ in first.batches) == 30
+    for (offsets, length), (same, _) in zip(first.batches, second.batches):
+        assert np.array_equal(offsets, same) and length == 9
+    assert training.choose_rows(text, 575, 30, args()).is_whole  # 4600 characters are 575 windows
 
 
 def test_evaluation_leaves_the_model_as_it_was(texts):
     text = open_text(texts, 8)
     model = GPTLanguageModel(len(Vocabulary.from_file(texts / "vocab.txt")), 16, 2, 1, 8).train()
-    batches, _ = training.evaluation_batches(text, 0, 16, args())
-    first, second = (training.mean_loss(model, text, batches, CPU) for _ in range(2))
+    rows = training.choose_rows(text, 0, 16, args())
+    first, second = (training.mean_loss(model, rows, CPU) for _ in range(2))
     assert first == second and model.training
 
 
@@ -457,7 +488,11 @@ def test_it_learns_in_both_precisions_and_saves_float32_weights(train, texts, dt
 
 
 def test_the_seed_decides_everything(train, texts):
-    first, again, other = (train("-max_iters", 5, "-seed", seed) and weights(texts) for seed in (1, 1, 2))
+    found = []
+    for seed in (1, 1, 2):
+        train("-max_iters", 5, "-seed", seed)
+        found.append(weights(texts))
+    first, again, other = found
     assert first.equal(again) and not first.equal(other)
 
 
@@ -488,12 +523,19 @@ def test_a_rising_validation_loss_is_said_once(train, texts):
     assert f"best model, of step {best_step}" in output
 
 
-def test_patience_stops_a_run(train, texts):
+def test_patience_stops_a_run_which_says_so_and_can_be_resumed(train, texts):
     validate_with_other_text(texts)
     output = train(*OVERFITTING, "-max_iters", 200, "-patience", 3).stdout
     steps, losses, _ = zip(*evaluations(output))
     assert len(losses) == losses.index(min(losses)) + 1 + 3 and steps[-1] < 200
-    assert "best model, of step" in output
+    stopped = f"stopped after step {steps[-1]} of 200: no better model in 3 evaluations; to go on: "
+    assert stopped + "python training.py -resume -patience 6" in output and "best model, of step" in output
+    for more in ([], ["-max_iters", 300]):  # nothing has changed, so it says the same again
+        output = train("-resume", *more).stdout
+        assert "no better model in 3 evaluations" in output and not evaluations(output)
+    output = train("-resume", "-patience", 5).stdout
+    assert len(evaluations(output)) >= 2
+    assert evaluations(train("-resume", "-patience", 0).stdout)[-1][0] == 300  # 0 means: never stop
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_model(train, texts):
@@ -517,7 +559,7 @@ def test_the_files_of_an_earlier_run_are_kept_and_can_be_gone_on_with(train, tex
 def test_the_files_of_an_earlier_run_are_kept_if_their_name_has_no_ending(train, texts):
     for max_iters in (3, 4):
         train("-model", "mine", "-max_iters", max_iters)
-    assert "after step 3 of 3" in train("-model", "mine.old.pkl", "-resume").stdout
+    assert "after step 3 of 3" in train("-model", "mine.old", "-resume").stdout
 
 
 # Starting from a trained model ---------------------------------------------------------------------------------------
@@ -533,14 +575,14 @@ def old_model(tmp_path):
 
 def test_fine_tuning_keeps_what_is_known_and_grows_the_vocabulary(tmp_path, old_model):
     write_texts(tmp_path, "dcaé" * 20)
-    start = args("-data_dir", tmp_path, "-init_from", tmp_path / "old.pkl")
-    model, vocabulary = training.starting_model(start)
-    assert vocabulary.characters == "\nabcdé"
-    known, new = [1, 2, 3], [0, 4, 5]
+    flags = [*TINY, "-data_dir", str(tmp_path), "-init_from", str(tmp_path / "old.pkl")]
+    model, vocabulary = training.starting_model(*training.parse_args(flags))
+    assert vocabulary.characters == "abcdé"  # no line end: neither text has one
+    known, new = [0, 1, 2], [3, 4]
     for name, weight in model.state_dict().items():
         old = old_model.state_dict()[name]
         if name.startswith(("token_embedding_table", "lm_head")):
-            assert weight[known].equal(old) and len(weight) == 6, name
+            assert weight[known].equal(old) and len(weight) == 5, name
         else:
             assert weight.equal(old), name
     for table in (model.token_embedding_table, model.lm_head):
@@ -577,8 +619,8 @@ def everything_after(folder: Path) -> tuple:
     """All that a run leaves, less the seconds."""
     state = read_model_file(folder / "model-01.state.pkl")
     training_state = state.pop("training")
-    training_state["progress"][1] = 0
-    training_state.pop("metrics")  # those of the file
+    for name in ("seconds", "metrics"):  # the metrics are compared below, without their seconds
+        training_state["record"].pop(name)
     rows = [{name: value for name, value in row.items() if name != "seconds"} for row in metrics(folder)]
     return read_model_file(folder / "model-01.pkl"), state, training_state, rows
 
@@ -596,14 +638,14 @@ def assert_same(a, b):
 
 def interrupt_after(monkeypatch, step: int) -> None:
     """Let Ctrl-C come in the middle of a step."""
-    train_step = training.train_step
+    get_batch = training.get_batch
 
-    def interrupted(model, optimizer, batch, current, args):
+    def interrupted(text, current, settings):
         if current + 1 == step:
             signal.raise_signal(signal.SIGINT)
-        return train_step(model, optimizer, batch, current, args)
+        return get_batch(text, current, settings)
 
-    monkeypatch.setattr(training, "train_step", interrupted)
+    monkeypatch.setattr(training, "get_batch", interrupted)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -632,15 +674,15 @@ def test_a_resumed_run_may_become_longer(train, texts):
 def test_rows_of_metrics_after_the_saved_state_are_dropped(train, texts, monkeypatch):
     train(*LONG)
     whole = metrics(texts)
-    state = training.Run.save_state
+    save_state = training.save_state
 
-    def killed(self):
-        if self.step == 20:  # evaluated, but not saved
+    def killed(run):
+        if run.record.step == 20:  # evaluated, but not saved
             raise KeyboardInterrupt
-        state(self)
+        save_state(run)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.Run, "save_state", killed)
+        patch.setattr(training, "save_state", killed)
         train(*LONG, status=130)
     assert [row["step"] for row in metrics(texts)] == ["10", "20"]
     assert "after step 14 of 30" in train("-resume").stdout
@@ -652,8 +694,9 @@ def test_flags_that_repeat_the_saved_run_are_welcome(train, texts, finished_run)
     train("-resume", "-model=run.pkl", *TINY, "-max_iters", 3)
 
 
-def test_a_run_does_not_go_on_with_other_texts(train, texts, finished_run):
-    write_texts(put(texts, finished_run), "the cat sat on the mat\n" * 201)
+@pytest.mark.parametrize("content", ["the cat sat on the mat\n" * 201, "the cat sat on the mat\n" * 199 + "tac" * 8])
+def test_a_run_does_not_go_on_with_other_texts(train, texts, finished_run, content):
+    write_texts(put(texts, finished_run), content[: 23 * 201])
     assert_fails(train("-resume", "-model=run.pkl", status=1), "the texts are not those")
 
 
@@ -663,15 +706,19 @@ def first(optimizer_state: dict) -> dict:
 
 def momentum_only(weight_state: dict) -> None:
     """What Muon keeps for a weight, in place of what AdamW keeps."""
-    weight_state["momentum_buffer"] = weight_state["exp_avg"]
+    weight_state["momentum"] = weight_state["exp_avg"]
     del weight_state["exp_avg"], weight_state["exp_avg_sq"], weight_state["step"]
 
 
 DAMAGES = {
     "training is a number": lambda content: content.update(training=3),
     "arguments are numbers": lambda content: content["training"].update(arguments=[1, 2]),
-    "no progress": lambda content: content["training"].pop("progress"),
-    "progress of text": lambda content: content["training"].update(progress=["a"] * 5),
+    "no record": lambda content: content["training"].pop("record"),
+    "a record of text": lambda content: content["training"].update(record="a"),
+    "a step of text": lambda content: content["training"]["record"].update(step="a"),
+    "more than a record": lambda content: content["training"]["record"].update(more=1),
+    "less than a record": lambda content: content["training"]["record"].pop("best_loss"),
+    "no texts": lambda content: content["training"].pop("texts"),
     "no optimizer": lambda content: content["training"]["optimizer"].update(parts=[]),
     "an optimizer of lists": lambda content: content["training"]["optimizer"].update(parts=[[1]]),
     "an optimizer of text": lambda content: content["training"].update(optimizer="adamw"),
@@ -682,9 +729,9 @@ DAMAGES = {
     "many steps": lambda content: first(content["training"]).update(step=torch.zeros(11, 16)),
     "the other optimizer": lambda content: momentum_only(first(content["training"])),
     "fewer weights": lambda content: content["training"]["optimizer"]["parts"][0].pop(0),
-    "steps before the first": lambda content: content["training"]["progress"].__setitem__(0, -1),
-    "metrics of text": lambda content: content["training"].update(metrics=[["1"] * 6]),
-    "metrics that end early": lambda content: content["training"].update(metrics=[[1.0] * 5]),
+    "steps before the first": lambda content: content["training"]["record"].update(step=-1),
+    "metrics of text": lambda content: content["training"]["record"].update(metrics=[["1"] * 6]),
+    "metrics that end early": lambda content: content["training"]["record"].update(metrics=[[1.0] * 5]),
     "no training": lambda content: content.pop("training"),
 }
 
@@ -697,6 +744,149 @@ def test_a_damaged_state_is_a_sentence(train, texts, finished_run, damage):
     torch.save(content, path)
     done = train("-resume", "-model=run.pkl", "-max_iters", 4, status=1)
     assert_fails(done, "run.state.pkl: does not hold a run to go on with")
+
+
+def test_a_state_of_an_earlier_version_is_a_sentence(train, texts, finished_run):
+    path = put(texts, finished_run) / "run.state.pkl"
+    content = read_model_file(path)
+    content["training"] = {"arguments": [], "progress": [2, 0.1, 2.0, 2, 0], "texts": [4600, 4600]}
+    torch.save(content, path)
+    done = train("-resume", "-model=run.pkl", status=1)
+    assert_fails(done, "run.state.pkl: was saved by another version of training.py, .* -init_from run.state.pkl starts")
+
+
+# One run never destroys another --------------------------------------------------------------------------------------
+
+
+def test_models_whose_names_have_dots_keep_states_of_their_own(train, texts):
+    train("-model", "gpt-v1.0", "-max_iters", 2)
+    first = read_folder(texts)
+    train("-model", "gpt-v1.1", "-max_iters", 3)
+    after = read_folder(texts)
+    assert {name: after[name] for name in first} == first
+    assert "after step 2 of 2" in train("-resume", "-model", "gpt-v1.0").stdout
+    assert "after step 3 of 3" in train("-resume", "-model", "gpt-v1.1").stdout
+
+
+def test_a_state_under_the_name_of_another_model_is_refused(train, texts, finished_run):
+    put(texts, finished_run)
+    (texts / "run.state.pkl").rename(texts / "other.state.pkl")
+    shutil.copy(texts / "run.pkl", texts / "other.pkl")
+    done = train("-resume", "-model=other.pkl", status=1)
+    assert_fails(done, "other.state.pkl: is the state of 'run.pkl', not of 'other.pkl'")
+
+
+@pytest.mark.parametrize(("first", "second"), [("run", "run.pkl"), ("run.pkl", "run")])
+def test_a_model_that_would_share_its_state_with_another_is_refused(train, texts, first, second):
+    train("-model", first, "-max_iters", 1)
+    before = read_folder(texts)
+    done = train("-model", second, "-max_iters", 1, status=1)
+    assert_fails(done, f"{second}: would share its state and metrics with {first}; name another -model")
+    assert read_folder(texts) == before
+
+
+def test_a_model_can_not_have_the_name_of_a_state(train):
+    assert_fails(train("-model", "run.state.pkl", status=2), "argument -model: run.state.pkl is the name of a state", 2)
+
+
+@pytest.mark.parametrize("start", ["model-01.old.pkl", "model-01.old.state.pkl", "./model-01.pkl"])
+def test_the_file_that_a_run_starts_from_stays(train, texts, start):
+    for max_iters in (1, 2):
+        train("-max_iters", max_iters)
+    before = (texts / start).read_bytes()
+    train("-init_from", start, "-max_iters", 1)
+    kept = "model-01.old.pkl" if start == "./model-01.pkl" else start  # which the new run's model replaces
+    assert (texts / kept).read_bytes() == before
+
+
+@posix
+def test_links_stay_and_their_targets_are_replaced(train, texts):
+    names = ("model-01.pkl", "model-01.state.pkl", "model-01.metrics.csv")
+    disk = texts / "disk"
+    disk.mkdir()
+    for name in names:
+        (texts / name).symlink_to(disk / name)
+    for max_iters in (1, 2):  # with nothing at the targets, and with an earlier run's files
+        train("-max_iters", max_iters, "-eval_interval", 1)
+        assert all((texts / name).is_symlink() for name in names)
+        assert len(metrics(disk)) == max_iters
+        assert read_model_file(disk / "model-01.state.pkl")["training"]["record"]["step"] == max_iters
+        load_model(disk / "model-01.pkl")
+    assert read_model_file(texts / "model-01.old.state.pkl")["training"]["record"]["step"] == 1
+
+
+def test_without_its_best_model_a_run_goes_on_from_the_state(train, texts):
+    train("-max_iters", 4, "-eval_interval", 2)
+    for more, step in (([], 4), (["-max_iters", 6], 6)):  # at its end, and before
+        (texts / "model-01.pkl").unlink()
+        done = train("-resume", *more)
+        assert "model-01.pkl is gone: the run goes on with the weights of step 4" in done.stderr
+        assert f"best model, of step {step}" in done.stdout
+        load_model(texts / "model-01.pkl")
+
+
+def test_evaluation_sees_the_same_rows_when_a_run_becomes_longer(train, texts):
+    """The validation text has 575 windows: few enough to be evaluated whole only in a run of many steps."""
+    flags = ["-batch_size", 64, "-eval_interval", 100, "-learning_rate", 0, "-min_lr", 0, "-dtype", "float32"]
+    write_texts(texts, val="the mat sat on the cat\n" * 200)
+    short = evaluations(train(*flags, "-max_iters", 1).stdout)
+    longer = evaluations(train("-resume", "-max_iters", 100).stdout)
+    assert short[0][1] == longer[0][1]  # nothing was learnt in between
+
+
+def test_the_dtype_is_part_of_the_run(train, texts, monkeypatch):
+    monkeypatch.setattr(training, "default_dtype", lambda device: torch.bfloat16)
+    train("-max_iters", 2)
+    assert "much faster" not in train("-resume").stderr
+    monkeypatch.setattr(training, "default_dtype", lambda device: torch.float32)
+    done = train("-resume", "-max_iters", 3)
+    assert "bfloat16" in done.stdout
+    assert "this run multiplies in bfloat16; here, float32 may be much faster: -dtype float32" in done.stderr
+    done = train("-resume", "-max_iters", 4, "-dtype", "float32")
+    assert "float32" in done.stdout and "much faster" not in done.stderr
+
+
+def test_a_run_can_change_to_float16_and_back(train):
+    train("-max_iters", 2, "-dtype", "float32")
+    for max_iters, dtype in ((3, "float16"), (4, "float32"), (5, "float16")):
+        assert dtype in train("-resume", "-max_iters", max_iters, "-dtype", dtype).stdout
+
+
+# Interrupting --------------------------------------------------------------------------------------------------------
+
+
+@signals
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_closed_terminal_saves_the_run(texts, start_script, terminal):
+    """With a terminal that is gone, whatever the run prints from then on can't be written."""
+    if terminal:
+        master, slave = os.openpty()
+        run = start_script("training.py", *ENDLESS, stdout=slave, stderr=slave)
+        os.close(slave)
+        shown = b""
+        while b"loss" not in shown:
+            shown += os.read(master, 1000)
+        os.close(master)
+    else:
+        run = start_script("training.py", *ENDLESS)
+        wait_until_shown(run, "loss")
+    run.send_signal(signal.SIGHUP)
+    assert run.wait(timeout=60) == 128 + signal.SIGHUP
+    assert read_model_file(texts / "model-01.state.pkl")["training"]["record"]["step"] > 0
+
+
+@signals
+def test_a_run_that_is_to_outlive_its_terminal_ignores_the_closing(texts, start_script):
+    def ignore():  # as nohup does
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    run = start_script("training.py", *ENDLESS, preexec_fn=ignore)
+    wait_until_shown(run, "loss")
+    run.send_signal(signal.SIGHUP)
+    time.sleep(0.5)
+    assert run.poll() is None
+    run.send_signal(signal.SIGINT)
+    assert run.wait(timeout=60) == 128 + signal.SIGINT
 
 
 @signals
@@ -720,7 +910,7 @@ def test_an_interrupted_run_prints_the_command_that_goes_on(texts, start_script)
 def test_a_second_interrupt_ends_at_once(texts, start_script):
     shape = ["-n_embd=512", "-n_layer=8", "-block_size=256", "-batch_size=256", "-device=cpu"]  # a step takes long
     run = start_script("training.py", *shape, cwd=texts)
-    wait_until_shown(run, "0%")
+    wait_until_shown(run, "learning rate", "stdout")  # the last line before the first step
     for _ in range(2):
         time.sleep(2)  # or, on a busy machine, two signals could come as one
         run.send_signal(signal.SIGINT)
@@ -770,6 +960,121 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, start_script):
 @pytest.mark.soak
 def test_a_run_killed_20_times_goes_on_to_the_same_bits(tmp_path, start_script):
     print("went on after steps", check_kills(tmp_path, start_script, kills=20, steps=8000))
+
+
+# Surroundings --------------------------------------------------------------------------------------------------------
+
+
+class Notebook(io.StringIO):
+    """A stream as in IDLE and Jupyter: text without an encoding to change, a file or a buffer."""
+
+    encoding = errors = buffer = property(lambda self: None)
+
+
+def test_it_runs_with_the_streams_of_a_notebook(texts, run_main):
+    output = Notebook()
+    done = run_main("training.py", *TINY, "-max_iters", 2, stdout=output, stderr=Notebook(), stdin=Notebook())
+    assert done.returncode == 0 and "best model" in output.getvalue()
+
+
+def test_without_a_terminal_there_is_no_bar_but_a_line_now_and_then(train, monkeypatch):
+    errors = train("-max_iters", 50).stderr
+    assert re.fullmatch(r"step 1/50: loss [\d.]+, [\d,]+ tok/s, \d\d:\d\d left\n", errors)
+    minutes = iter(range(0, 10**6, 30))  # half a minute passes between two looks at the clock
+    monkeypatch.setattr(training.time, "monotonic", lambda: next(minutes))
+    lines = train("-max_iters", 50).stderr.splitlines()
+    assert len(lines) > 5 and all(re.match(r"step \d+/50: loss|the earlier", line) for line in lines)
+
+
+@posix
+def test_on_a_terminal_there_is_a_bar(texts, start_script):
+    master, slave = os.openpty()
+    run = start_script("training.py", *TINY, "-max_iters", 50, stdout=subprocess.PIPE, stderr=slave)
+    os.close(slave)
+    shown = b""
+    while True:
+        try:
+            part = os.read(master, 1000)
+        except OSError:  # how Linux tells the end
+            break
+        if not part:
+            break
+        shown += part
+    os.close(master)
+    assert run.wait(timeout=60) == 0
+    assert re.search(rb"\rstep \d+/50: loss [\d.]+, [\d,]+ tok/s, \d\d:\d\d left \|", shown)
+
+
+def test_the_time_left_counts_the_evaluations(texts, monkeypatch):
+    run = new_run(texts, "-max_iters", 100, "-eval_interval", 10, "-eval_iters", 6)
+    progress = training.Progress(run.settings, 0, training.evaluation_rows(run))
+    # 24 rows of each text, at a third of the cost in training, of which a step has 4: an evaluation is like 4 steps.
+    assert progress.work_until(9) == 9 and progress.work_until(10) == pytest.approx(14)
+    assert progress.work_until(100) == pytest.approx(140)
+
+
+def test_a_text_that_can_not_be_mapped_is_read(train, texts, monkeypatch):
+    train("-max_iters", 3)
+    expected = weights(texts)
+
+    def refuse(*args, **options):
+        raise OSError(errno.ENODEV, "No such device")
+
+    monkeypatch.setattr(training.mmap, "mmap", refuse)
+    done = train("-max_iters", 3)
+    assert "output_train.txt: read into memory, as it can't be mapped here (No such device)" in done.stderr
+    assert weights(texts).equal(expected)
+
+
+def fail_with(monkeypatch, error: Exception) -> None:
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(training, "get_batch", fail)
+
+
+FORESEEN = [
+    (MemoryError(), "not enough memory"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), "not enough memory"),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "not enough memory"),
+    (RuntimeError("Invalid buffer size: 128.00 GiB"), "not enough memory"),
+    (RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer"), "lost another"),
+    (torch.distributed.DistBackendError("NCCL error: remote process exited"), "lost another process"),
+]
+UNFORESEEN = [
+    RuntimeError("CUDA error: an illegal memory access was encountered"),
+    RuntimeError("shared memory of the kernel is not aligned"),
+    RuntimeError("the gloo backend does not support this operation"),
+    OSError(errno.ENODEV, "No such device"),
+    ValueError("too big a surprise"),
+]
+
+
+@pytest.mark.parametrize(("error", "message"), FORESEEN, ids=str)
+def test_an_error_that_can_be_foreseen_is_a_sentence(train, monkeypatch, error, message):
+    fail_with(monkeypatch, error)
+    assert_fails(train(status=1), message)
+
+
+@pytest.mark.parametrize("error", UNFORESEEN, ids=str)
+def test_an_error_that_nobody_foresaw_keeps_its_traceback(texts, run_main, monkeypatch, error):
+    fail_with(monkeypatch, error)
+    with pytest.raises(type(error), match=re.escape(str(error))):
+        run_main("training.py", *TINY)
+
+
+def test_help_names_every_flag_once_with_its_default(run_main):
+    shown = run_main("training.py", "-h").stdout
+    assert "-batch_size N " in shown and "(default: 32)" in shown
+    assert "--batch_size" not in shown and "BATCH_SIZE" not in shown and "None" not in shown and "False" not in shown
+    flags = re.findall(r"^  (-\w+)", shown, re.MULTILINE)
+    assert len(flags) == len(set(flags)) == 29 + 1  # -h is one of them
+
+
+def test_a_picture_has_the_models_name_as_it_is(train, texts):
+    pytest.importorskip("matplotlib")
+    train("-max_iters", 2, "-model", "a_$b$_{c.pkl", "-plot", "loss.svg")
+    assert "a_$b$_{c" in (texts / "loss.svg").read_text(encoding="utf-8")  # a comment beside the drawn letters
 
 
 # From end to end -----------------------------------------------------------------------------------------------------

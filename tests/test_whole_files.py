@@ -85,7 +85,7 @@ def check_training(files: dict[str, bytes], folder: Path) -> None:
         if name == "model-01.pkl":
             load_model(folder / name)
         elif name == "model-01.state.pkl":
-            assert len(read_model_file(folder / name)["training"]["progress"]) == 5
+            assert read_model_file(folder / name)["training"]["record"]["step"] > 0
         elif name == "loss.svg":
             assert content.endswith(b"</svg>\n")
         else:
@@ -119,17 +119,22 @@ def test_training_on_a_disk_that_is_full_sooner_or_later(disk, run_here):
 @pytest.mark.parametrize(
     ("moment", "full"),
     [
-        ((training, "keep_old"), "model-01.old.pkl"),
-        ((training, "save_model"), "model-01.state.pkl"),
-        ((training.Run, "evaluate"), "model-01.pkl"),
-        ((training.Metrics, "add"), "model-01.metrics.csv"),
-        ((training.Metrics, "draw"), "loss.svg"),
+        ((training, "keep_earlier_run"), "model-01.old.pkl"),
+        ((training, "save_state"), "model-01.state.pkl"),
+        ((training, "evaluate"), "model-01.pkl"),
+        ((training, "save_metrics"), "model-01.metrics.csv"),
+        ((training, "draw_losses"), "loss.svg"),
     ],
 )
 def test_training_on_a_disk_that_fills_up_at_one_moment(disk, run_here, monkeypatch, moment, full):
     pytest.importorskip("matplotlib")
     function = getattr(*moment)
-    monkeypatch.setattr(*moment, lambda *args, **more: disk.leave(0) or function(*args, **more))
+
+    def after_filling_the_disk(*args, **more):
+        disk.leave(0)
+        return function(*args, **more)
+
+    monkeypatch.setattr(*moment, after_filling_the_disk)
     put(disk.folder, FORMER)
     assert_fails(run_here(*train_into(disk.folder)), f"disk/{full}: No space left on device")
     files = disk.files()
