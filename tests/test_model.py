@@ -16,13 +16,16 @@ from conftest import ROOT, TINY, put, write_texts
 from hostile import ABSURD, calls, hostile_files
 from reference import PlainGPT
 
+import model as model_module
 from model import (
+    MAX_BLOCK_SIZE,
     Dropout,
     GPTLanguageModel,
     Head,
     ModelFileError,
     MultiHeadAttention,
     Vocabulary,
+    attention,
     load_model,
     save_model,
 )
@@ -82,12 +85,10 @@ def test_dropout_takes_any_size_and_repeats_with_the_seed(size):
 
 def test_dropout_on_attention_weights_drops_whole_weights_at_the_right_scale():
     torch.manual_seed(8)
-    attention = MultiHeadAttention(num_heads=2, head_size=32, n_embd=64, block_size=32, dropout=0.25)
+    head = Head(head_size=32, n_embd=64, block_size=32, dropout=0.25)
     eye = torch.eye(32).expand(500, 2, 32, 32)
     equal = torch.zeros(500, 2, 32, 32)
-    weights = attention.heads[0].attend(
-        equal, equal, eye, attention.heads[0].tril
-    )  # values that show the weights themselves
+    weights = attention(equal, equal, eye, head.tril, head.dropout)  # values that show the weights themselves
     kept = weights[:, :, -1] != 0
     assert kept.float().mean().item() == pytest.approx(0.75, abs=0.01)
     torch.testing.assert_close(weights[:, :, -1][kept].unique(), torch.tensor([1 / 32 / 0.75]))
@@ -112,12 +113,12 @@ def test_a_head_is_a_causal_softmax_average_of_values():
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_multi_head_attention_equals_its_heads_one_by_one(fused, monkeypatch):
-    monkeypatch.setattr(MultiHeadAttention, "prefers_fused", lambda self, q: fused)
+    monkeypatch.setattr(model_module, "fused_is_faster", lambda q, dropout: fused)
     torch.manual_seed(3)
-    attention = MultiHeadAttention(num_heads=4, head_size=8, n_embd=32, block_size=20, dropout=0.3).eval()
+    many = MultiHeadAttention(num_heads=4, head_size=8, n_embd=32, block_size=20, dropout=0.3).eval()
     x = torch.randn(5, 20, 32)
-    one_by_one = attention.proj(torch.cat([head(x) for head in attention.heads], dim=-1))
-    torch.testing.assert_close(attention(x), one_by_one, atol=1e-5, rtol=1e-5)
+    one_by_one = many.proj(torch.cat([head(x) for head in many.heads], dim=-1))
+    torch.testing.assert_close(many(x), one_by_one, atol=1e-5, rtol=1e-5)
 
 
 # The model -----------------------------------------------------------------------------------------------------------
@@ -164,11 +165,15 @@ def test_initial_weights_are_small_normal_and_biases_zero():
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_all_heads_share_one_triangle_also_on_another_device(device):
-    assert len(list(GPTLanguageModel(**SHAPE).to(device).buffers())) == 1
+def test_every_head_has_its_mask_on_the_models_device_and_the_file_has_none(device):
+    moved = GPTLanguageModel(**SHAPE).to(device)
     with torch.device(device):
-        (triangle,) = GPTLanguageModel(**SHAPE).buffers()
-    assert triangle.device.type == device
+        made_there = GPTLanguageModel(**SHAPE)
+    for model in (moved, made_there):
+        masks = dict(model.named_buffers())
+        assert len(masks) == SHAPE["n_head"] * SHAPE["n_layer"]
+        assert all(name.endswith(".tril") and mask.device.type == device for name, mask in masks.items())
+        assert not masks.keys() & model.state_dict().keys()
 
 
 @pytest.mark.parametrize(
@@ -176,6 +181,7 @@ def test_all_heads_share_one_triangle_also_on_another_device(device):
     [
         ({"vocab_size": 0}, "vocab_size must be at least 1"),
         ({"block_size": -1}, "block_size must be at least 1"),
+        ({"block_size": MAX_BLOCK_SIZE + 1}, "block_size must be at most 8192, not 8193: masks would fill memory"),
         ({"n_embd": 25}, "must be a multiple of n_head"),
         ({"dropout": 1.0}, "dropout must be"),
         ({"dropout": -0.1}, "dropout must be"),
@@ -189,7 +195,7 @@ def test_impossible_shapes_are_refused(arguments, message):
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("time_steps", [1, 2, 15, 16])
 def test_logits_loss_and_gradients_equal_the_plain_implementation(model, plain, time_steps, fused, monkeypatch):
-    monkeypatch.setattr(MultiHeadAttention, "prefers_fused", lambda self, q: fused)
+    monkeypatch.setattr(model_module, "fused_is_faster", lambda q, dropout: fused)
     index, targets = random_ids(3, time_steps), random_ids(3, time_steps).flip(0)
     (logits, loss), (plain_logits, plain_loss) = model(index, targets), plain(index, targets)
     torch.testing.assert_close(logits, plain_logits, atol=1e-5, rtol=1e-5)
@@ -259,19 +265,27 @@ def test_a_trained_models_greedy_text_equals_the_uncached_models():
 
 
 @pytest.mark.parametrize("lengths", [[16], [1] * 16, [5, 1, 1, 9], [15, 1]])
-@pytest.mark.parametrize("whole", [True, False], ids=["as on a GPU", "as on a CPU"])
+@pytest.mark.parametrize("static", [True, False], ids=["as on a GPU", "as on a CPU"])
 @pytest.mark.parametrize("gradients", [True, False])
-def test_cached_logits_equal_the_whole_models(model, lengths, gradients, whole):
-    index, positions = random_ids(2, 16), torch.arange(16)
+def test_logits_with_a_cache_equal_those_without(model, lengths, gradients, static):
+    index = random_ids(2, 16)
     caches = model.new_caches(2)
     for cache in caches:
-        cache.whole = whole
+        cache.static = static
+    expected = model(index)[0]
+    first, *others = index.split(lengths, dim=1)
     with torch.set_grad_enabled(gradients):
-        parts = [
-            model(*part, caches=caches)[0]
-            for part in zip(index.split(lengths, dim=1), [None] * 16, positions.split(lengths))
-        ]
-    torch.testing.assert_close(torch.cat(parts, dim=1), model(index)[0], atol=1e-5, rtol=1e-5)
+        for _ in range(2):  # caches are used again for the next text
+            logits = [model.prefill(first, caches), *(model.decode(part, caches) for part in others)]
+            ends = torch.tensor(lengths).cumsum(0) - 1
+            torch.testing.assert_close(torch.stack(logits, dim=1), expected[:, ends], atol=1e-5, rtol=1e-5)
+
+
+def test_a_cache_of_a_bfloat16_model_on_a_cpu_is_in_float32_and_gives_bfloat16(model):
+    model.bfloat16()
+    caches = model.new_caches(1)
+    assert model.prefill(random_ids(1, 5), caches).dtype == torch.bfloat16
+    assert {cache.keys.dtype for cache in caches} == {torch.float32}
 
 
 def test_beyond_the_window_the_model_sees_at_least_half_of_it(model):
@@ -300,8 +314,8 @@ def test_the_work_for_a_token_is_one_graph_that_fits_every_token(model, compiler
     expected = model.generate(prompt, 40, temperature=0)
     caches = model.new_caches(2)
     for cache in caches:
-        cache.whole = True  # as on a GPU
-    model.compile(backend="eager", fullgraph=True)
+        cache.static = True  # as on a GPU
+    model.decode = torch.compile(model.decode, backend="eager", fullgraph=True)
     model.generate(prompt[:, :1], 2, caches=caches)
     compiler.set_stance("fail_on_recompile")
     assert model.generate(prompt, 40, temperature=0, caches=caches).equal(expected)
