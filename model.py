@@ -605,6 +605,9 @@ HARMLESS = ("torch.", "numpy.", "argparse.Namespace", "pathlib.")
 WEIGHT_KEYS = ("weights", "model", "model_state_dict", "state_dict")
 
 
+LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # what torch.save wrote before version 1.6
+
+
 class UnreadableError(ValueError):
     """A file is no model file; the message says why and what to do."""
 
@@ -685,29 +688,28 @@ class DataUnpickler(pickle.Unpickler):
     """Read data, tensors and the attributes of modules from a file of `pickle.dump`."""
 
     def find_class(self, module: str, name: str):
-        """Return what the pickle may call by this name."""
+        """Return what the pickle may call by this name. Raises UnreadableError if that is nothing."""
         name = f"{module}.{name}"
-        return KNOWN[name] if name in KNOWN else stand_in(name)
+        # Functions are made anew for each name, since a pickle can set attributes of what it is given.
+        known = {
+            # A storage is a whole file of torch.save, in its old format.
+            "torch.storage._load_from_bytes": lambda data: load_with_torch(data),
+            "torch._utils._rebuild_tensor_v2": lambda *arguments: rebuild_tensor(*arguments),
+            "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+            "collections.OrderedDict": OrderedDict,
+            "builtins.set": set,
+            # In protocols 0 to 2:
+            "__builtin__.set": set,
+            "__builtin__.object": object,
+            "copy_reg._reconstructor": lambda *_: StandIn(),
+            "_codecs.encode": lambda text, _: text.encode("latin1"),
+        }
+        return known[name] if name in known else stand_in(name)
 
 
 def rebuild_tensor(storage: torch.TypedStorage, start: int, size: tuple, stride: tuple, *_) -> torch.Tensor:
     """Return the tensor of this shape in a storage; as_strided refuses what would lie outside."""
     return torch.empty(0, dtype=storage.dtype).set_(storage).as_strided(size, stride, start)
-
-
-LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # what torch.save wrote before version 1.6
-KNOWN = {
-    "torch.storage._load_from_bytes": load_with_torch,  # a storage is a whole file of torch.save, in its old format
-    "torch._utils._rebuild_tensor_v2": rebuild_tensor,
-    "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
-    "collections.OrderedDict": OrderedDict,
-    "builtins.set": set,
-    # in protocols 0 to 2
-    "__builtin__.set": set,
-    "__builtin__.object": object,
-    "copy_reg._reconstructor": lambda *_: StandIn(),
-    "_codecs.encode": lambda text, _: text.encode("latin1"),
-}
 
 
 def find_weights(content, size: int) -> dict[str, torch.Tensor]:
