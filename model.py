@@ -91,11 +91,13 @@ class MultiHeadAttention(nn.Module):
 
         weight = self.joined_weight() if cache is None else cache.weight
         qkv = linear(x, weight).view(B, T, 3, H, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
+        q, kv = qkv[0], qkv[1:]
         if cache is None:
             visible = head.tril[:T, :T]
         else:
-            q, k, v, visible = cache.append(q, k, v)  # keys and values are (B, H, S, D) now, S >= T
+            q, kv, visible = cache.append(q, kv)  # of all S time steps now: (2, B, H, S, D) and (T, S)
+        k, v = kv
 
         attend = fused_attention if fused_is_faster(q, head.dropout) else attention
         y = attend(q, k, v, visible, head.dropout)  # (B, H, T, D)
@@ -317,7 +319,7 @@ def sample(
 class Cache(nn.Module):
     """What one MultiHeadAttention remembers while text is generated, so that each new token costs one time step.
 
-    Holds keys and values (B, H, block_size, D) each, zeros until they are filled, and how many time steps are filled.
+    Holds keys and values (2, B, H, block_size, D), zeros until they are filled, and how many time steps are filled.
     Its tensors are buffers, changed in place: a GPU that replays a recorded step looks for them at the same addresses.
     """
 
@@ -329,31 +331,28 @@ class Cache(nn.Module):
         self.static = weight.is_cuda
         dtype = weight.dtype if self.static else torch.float32
         head = attention.heads[0]
-        shape = (batch_size, len(attention.heads), len(head.tril), head.key.out_features)
+        shape = (2, batch_size, len(attention.heads), len(head.tril), head.key.out_features)
         self.register_buffer("weight", weight)
-        self.register_buffer("keys", weight.new_zeros(shape, dtype=dtype))
-        self.register_buffer("values", weight.new_zeros(shape, dtype=dtype))
+        self.register_buffer("kv", weight.new_zeros(shape, dtype=dtype))
         self.register_buffer("length", weight.new_zeros((), dtype=torch.long))
 
     def next_positions(self, count: int) -> torch.Tensor:
         """Return the positions (count,) of the time steps that follow those in the cache."""
         return self.length + torch.arange(count, device=self.length.device)
 
-    def append(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Keep keys and values (B, H, T, D) of the next time steps.
+    def append(self, q: torch.Tensor, kv: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Keep keys and values (2, B, H, T, D) of the next time steps.
 
         Returns queries, keys and values in the dtype of the cache, keys and values of all S time steps so far, and
         which of those each query sees (T, S). If `static`, S is block_size, and no query sees the empty rest.
         """
-        T = k.shape[2]
+        T = kv.shape[3]
         positions = self.next_positions(T)
-        self.keys.index_copy_(2, positions, k.to(self.keys.dtype))
-        self.values.index_copy_(2, positions, v.to(self.values.dtype))
+        self.kv.index_copy_(3, positions, kv.to(self.kv.dtype))
         self.length.add_(T)
-        S = self.keys.shape[2] if self.static else int(self.length)
-        k, v = self.keys[:, :, :S], self.values[:, :, :S]
+        S = self.kv.shape[3] if self.static else int(self.length)
         visible = torch.arange(S, device=positions.device) <= positions[:, None]
-        return q.to(k.dtype), k, v, visible
+        return q.to(self.kv.dtype), self.kv[:, :, :, :S], visible
 
 
 def fused_is_faster(q: torch.Tensor, dropout: Dropout) -> bool:
@@ -418,8 +417,10 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     it generates text 1.5 times as fast.
     """
     one_row = x.device.type == "cpu" and x.numel() == x.shape[-1] and x.dtype == torch.float32
+    if not one_row or torch.is_grad_enabled():
+        return F.linear(x, weight, bias)
     cores = torch.get_num_threads()
-    if not one_row or torch.is_grad_enabled() or len(weight) % cores:
+    if len(weight) % cores:
         return F.linear(x, weight, bias)
     pieces = weight.view(cores, -1, x.shape[-1]).transpose(1, 2)  # (cores, in_features, out_features / cores)
     y = torch.bmm(x.reshape(1, 1, -1).expand(cores, 1, -1), pieces).view(*x.shape[:-1], -1)
@@ -597,11 +598,14 @@ def shape_of(weights: dict[str, torch.Tensor]) -> dict[str, int]:
 
 # Classes of a model and of what may be wrapped around it, in modules of any name
 MODEL_CLASSES = ("Head", "MultiHeadAttention", "FeedForward", "FeedFoward", "Block", "GPTLanguageModel")
-MODEL_CLASSES += ("Linear", "Dropout", "OptimizedModule")
+MODEL_CLASSES += ("Linear", "Dropout")
 # Beginnings of names that models and checkpoints hold beside their weights
-HARMLESS = ("torch.nn.", "numpy.", "argparse.Namespace", "pathlib.")
+HARMLESS = ("torch.", "numpy.", "argparse.Namespace", "pathlib.")
 # Where checkpoints keep the weights
 WEIGHT_KEYS = ("weights", "model", "model_state_dict", "state_dict")
+
+
+LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # what torch.save wrote before version 1.6
 
 
 class UnreadableError(ValueError):
@@ -626,7 +630,7 @@ def read_model_file(path: str | Path) -> dict:
         content = unpickle(data)
         weights = find_weights(content, len(data))
     except UnreadableError as error:
-        raise ModelFileError(f"{path}: {error}") from error
+        raise ModelFileError(f"{path}: not a model file: {error}") from error
     except Exception as error:  # whatever a damaged or foreign file may cause
         if is_out_of_memory(error):
             raise
@@ -636,65 +640,71 @@ def read_model_file(path: str | Path) -> dict:
 
 
 def unreadable_because(data: bytes) -> str:
-    """Return why a file that can't be read is no model file, as far as its first bytes tell, and what to do."""
+    """Return why a file that can't be read is no model file, as far as its bytes tell, and what to do."""
     if not data:
         return "not a model file: it is empty; copy or download it again, or train one with training.py"
     if data[8:10] == b'{"':
         return "not a model file but one of safetensors, which is not read; train one with training.py"
-    if data.startswith((b"PK", b"\x80")):
+    if zipfile.is_zipfile(io.BytesIO(data)):
+        return "not a model file, or one that is damaged, or not in the default format of torch.save; save it again"
+    if data.startswith((b"PK", b"\x80")):  # the beginning of an archive or a pickle
         return "not a model file, or one that is cut short or damaged; copy or download it again"
     return "not a model file; train one with training.py"
 
 
 def unpickle(data: bytes):
-    """Return the data in a file of `torch.save` or `pickle.dump`. Raises one of many exceptions for other files."""
-    file = io.BytesIO(data)
+    """Return the content of a file of `torch.save` or `pickle.dump`. Raises one of many exceptions for other files."""
     if data.startswith(LEGACY_START):
-        return load_with_torch(file)
+        return load_with_torch(data)
     if not data.startswith(b"PK"):
-        return DataUnpickler(file).load()
-    with zipfile.ZipFile(file) as archive:
+        return DataUnpickler(io.BytesIO(data)).load()
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
         entries = archive.infolist()
         # torch.save never compresses; a compressed member could unpack to a thousand times its size.
         if any(entry.compress_type for entry in entries) or sum(entry.file_size for entry in entries) > len(data):
             raise ValueError("members that take more memory than the file")
         if archive.testzip() is not None:  # torch.load does not look at the check sums
             raise ValueError("a member is damaged")
-    file.seek(0)
-    names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-    stand_ins = [(stand_in(name), name) for name in names]
-    file.seek(0)
-    with torch.serialization.safe_globals(stand_ins):
-        return load_with_torch(file)
+    names = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data))
+    with torch.serialization.safe_globals([(stand_in(name), name) for name in names]):
+        return load_with_torch(data)
 
 
-def load_with_torch(file: BinaryIO):
+def load_with_torch(data: bytes):
     """Read what `torch.save` wrote with PyTorch's weights-only unpickler, which calls only a list of its own."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of pickle protocols; what can't be read is an error anyway
-        return torch.load(file, map_location="cpu", weights_only=True)
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
 def stand_in(name: str) -> type[StandIn]:
     """Return what a class or function of this full name becomes. Raises UnreadableError if no model needs it."""
     if name.rpartition(".")[2] in MODEL_CLASSES or name.startswith(HARMLESS):
         return StandIn
-    name = ascii(name[:80])
-    raise UnreadableError(f"not a model file: it asks for {name}, which no model needs; use one of training.py")
+    raise UnreadableError(f"it asks for {name[:80]!a}, which no GPTLanguageModel needs; train one with training.py")
 
 
 class DataUnpickler(pickle.Unpickler):
     """Read data, tensors and the attributes of modules from a file of `pickle.dump`."""
 
     def find_class(self, module: str, name: str):
-        """Return what the pickle may call by this name."""
+        """Return what the pickle may call by this name. Raises UnreadableError if that is nothing."""
         name = f"{module}.{name}"
-        return KNOWN[name] if name in KNOWN else stand_in(name)
-
-
-def load_storage(data: bytes):
-    """Return a storage, which a pickle holds as a whole file of torch.save in its old format."""
-    return load_with_torch(io.BytesIO(data))
+        # Functions are made anew for each name, since a pickle can set attributes of what it is given.
+        known = {
+            # A storage is a whole file of torch.save, in its old format.
+            "torch.storage._load_from_bytes": lambda data: load_with_torch(data),
+            "torch._utils._rebuild_tensor_v2": lambda *arguments: rebuild_tensor(*arguments),
+            "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+            "collections.OrderedDict": OrderedDict,
+            "builtins.set": set,
+            # In protocols 0 to 2:
+            "__builtin__.set": set,
+            "__builtin__.object": object,
+            "copy_reg._reconstructor": lambda *_: StandIn(),
+            "_codecs.encode": lambda text, _: text.encode("latin1"),
+        }
+        return known[name] if name in known else stand_in(name)
 
 
 def rebuild_tensor(storage: torch.TypedStorage, start: int, size: tuple, stride: tuple, *_) -> torch.Tensor:
@@ -702,61 +712,41 @@ def rebuild_tensor(storage: torch.TypedStorage, start: int, size: tuple, stride:
     return torch.empty(0, dtype=storage.dtype).set_(storage).as_strided(size, stride, start)
 
 
-LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # what torch.save wrote before version 1.6
-KNOWN = {
-    "torch.storage._load_from_bytes": load_storage,
-    "torch._utils._rebuild_tensor_v2": rebuild_tensor,
-    "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
-    "collections.OrderedDict": OrderedDict,
-    "builtins.set": set,
-    # in protocols 0 to 2
-    "__builtin__.set": set,
-    "__builtin__.object": object,
-    "copy_reg._reconstructor": lambda *_: StandIn(),
-    "_codecs.encode": lambda text, _: text.encode("latin1"),
-}
-
-
 def find_weights(content, size: int) -> dict[str, torch.Tensor]:
-    """Return the weights in what a file of this size holds, by their names in a GPTLanguageModel.
+    """Return the weights in what a file of `size` bytes holds, by their names in a GPTLanguageModel.
 
-    They come in float32, each with memory of its own. Raises UnreadableError if there are no such weights, and one of
-    many exceptions for what is no tensor of numbers or holds more of them than the file.
+    They are in float32 and share no memory. Raises UnreadableError if there are no such weights.
     """
     if isinstance(content, dict):
         content = next((content[key] for key in WEIGHT_KEYS if key in content), content)
-    named = module_weights(content) if isinstance(content, StandIn) else content
-    tensors = {}
-    for name, tensor in dict(named).items():
+    if isinstance(content, StandIn):
+        content = module_weights(content)
+    weights = {}
+    for name, weight in dict(content if isinstance(content, dict) else {}).items():
         # torch.compile and DistributedDataParallel wrap a module in another, whose name shows in those of the weights.
-        parts = [part for part in name.split(".") if part not in ("_orig_mod", "module")]
-        if parts[-1] != "tril":  # the tutorial saves its masks with the weights
-            tensors[".".join(parts)] = tensor
-    if "token_embedding_table.weight" not in tensors:
-        names = ", ".join(ascii(name[:40]) for name in [*tensors][:3])
-        raise UnreadableError(
-            f"not a model file: it holds {names or 'nothing'} where weights of a GPTLanguageModel belong"
-        )
-    if sum(tensor.nbytes for tensor in tensors.values()) > size:
-        raise ValueError("more numbers than the file has")
-    return {name: plain(tensor) for name, tensor in tensors.items()}
+        parts = [part for part in str(name).split(".") if part not in ("_orig_mod", "module")]
+        if parts[-1:] != ["tril"]:  # the tutorial saves its masks with the weights
+            weights[".".join(parts)] = weight
+    if "token_embedding_table.weight" not in weights:
+        others = f" but {next(iter(weights))[:80]!a}" if weights else ""
+        raise UnreadableError(f"it holds no weights of a GPTLanguageModel{others}; train one with training.py")
+    for name, weight in weights.items():
+        is_plain = isinstance(weight, torch.Tensor) and weight.layout == torch.strided and weight.is_floating_point()
+        if not is_plain or weight.numel() * weight.element_size() > size:
+            raise UnreadableError(f"{name[:80]!a} in it is no weight; train one with training.py")
+        weights[name] = torch.empty(weight.shape).copy_(weight.detach())
+    return weights
 
 
 def module_weights(module: StandIn, prefix: str = "") -> dict[str, torch.Tensor]:
     """Return the weights of a whole module by their names. Raises one of many exceptions for anything else."""
     if len(prefix) > 100:
         raise ValueError("modules that are nested deeper than a model's")
-    weights = {prefix + name: weight for name, weight in module.attributes["_parameters"].items() if weight is not None}
-    for name, child in module.attributes["_modules"].items():
+    parameters = module.attributes.get("_parameters", {})
+    weights = {prefix + name: weight for name, weight in parameters.items() if weight is not None}
+    for name, child in module.attributes.get("_modules", {}).items():
         weights |= module_weights(child, f"{prefix}{name}.")
     return weights
-
-
-def plain(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a copy in float32, with memory of its own. Raises ValueError for other tensors than of real numbers."""
-    if tensor.layout != torch.strided or tensor.device.type != "cpu" or not tensor.is_floating_point():
-        raise ValueError("a tensor that is no weight")
-    return torch.empty(tensor.shape).copy_(tensor.detach())
 
 
 # What training.py and chatbot.py share of their command lines --------------------------------------------------------

@@ -294,7 +294,7 @@ def measure_generation(name: str, dtype: torch.dtype, sequences: int, tokens: in
     prompt = torch.zeros(sequences, 1, dtype=torch.long, device=DEVICE)
     caches = ours.new_caches(sequences)
     if DEVICE.type == "cuda":
-        ours.compile(mode="reduce-overhead", fullgraph=True)
+        ours.decode = torch.compile(ours.decode, mode="reduce-overhead", fullgraph=True)
     block_size, few = config["block_size"], tokens // 10
     # The others run the whole context for every token. A tenth of the tokens, around the mean context, will do.
     mean_context = statistics.mean(min(t, block_size) for t in range(1, tokens + 1))

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 import training
-from model import ModelFileError, Vocabulary, load_model
+from model import ModelFileError, Vocabulary, is_out_of_memory, load_model
 
 SECONDS, GIGABYTES = 60, 1  # that a file may take
 CUT, FLIP, RUN, INSERT, REMOVE, SWAP = range(6)
@@ -98,6 +98,10 @@ def outcome(path: Path) -> str:
         return "works"
     except (ModelFileError, OSError, training.TrainingError) as error:
         return f"refused: {error}"
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            return f"refused: {path}: not enough memory"
+        return f"{type(error).__name__}: {error}"
     except SystemExit:
         return f"refused: {sys.stderr.getvalue().strip()}"
     except BaseException as error:
@@ -120,7 +124,6 @@ def limit_memory() -> None:
 
         used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         resource.setrlimit(resource.RLIMIT_AS, (used + GIGABYTES * 2**30,) * 2)
-        resource.setrlimit(resource.RLIMIT_STACK, (2**21,) * 2)  # a quarter, so that less nesting crashes
 
 
 def main(folder: Path, *numbers: int) -> None:

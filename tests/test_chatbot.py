@@ -82,13 +82,13 @@ def test_several_completions_are_numbered_and_whole(chat):
 
 
 def test_what_can_not_be_compiled_is_answered_as_it_is(folder, capsys, monkeypatch):
-    def broken(**options):
+    def broken(function, **options):
         raise RuntimeError("no working compiler\nand a long story")
 
     model, _ = load_model(folder / "model-01.pkl")
     args = argparse.Namespace(batch_size=2, device=torch.device("cpu"))
     caches = model.new_caches(2)
-    monkeypatch.setattr(model, "compile", broken)
+    monkeypatch.setattr(torch, "compile", broken)
     try:
         chatbot.capture(model, caches, args)
     finally:
