@@ -1,6 +1,7 @@
 """Archives of every kind, sound and damaged, and what data_extract.py should make of them, said once more, plainly."""
 
 import codecs
+import gzip
 import io
 import lzma
 import random
@@ -113,6 +114,12 @@ def plain(data: bytes) -> str:
     return data.removeprefix(BOM).decode("utf-8", "replace").replace("\r\n", "\n").replace("\r", "\n")
 
 
+def text_file(data: bytes) -> str:
+    """What a .txt comes to: a text of its own, which ends with a newline."""
+    text = plain(data)
+    return text if text.endswith("\n") or not text else text + "\n"
+
+
 def documents(contents: list[bytes]) -> str:
     return "".join(text + "\n\n" for text in (plain(content).rstrip("\n") for content in contents) if text)
 
@@ -180,6 +187,9 @@ DAMAGED = {
     "absurd size.xz": xz(pax(b"25 size=9999999999999999\n", ("a.txt", b"a" * 3000))),
     "endless number.xz": xz(pax(b"5012 size=" + b"9" * 5000 + b"\n", ("a.txt", b"a"))),
     "absurd size.tar": pax(b"25 size=9999999999999999\n", ("a.txt", b"a" * 3000)),
-    "utf-16.txt": "text\n".encode("utf-16"),
+    "gzip.txt": gzip.compress(b"text"),
+    "gzip.xz": xz(gzip.compress(b"text")),
+    "sparse.tar": tar([(member("a.txt", tarfile.GNUTYPE_SPARSE), b"")]),
+    "another encoding.txt": "你好，世界。\n".encode("gbk") * 100,
     "\x80bad name.xz": b"",
 }
