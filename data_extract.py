@@ -136,7 +136,7 @@ ENCODINGS = {  # and the commonest characters of what is written in them
     "EUC-JP": "のにはをたがでてとし",
     "WINDOWS-1251": "оеаинтсрвл",
     "KOI8-R": "оеаинтсрвл",
-    "WINDOWS-1252": "éèàáäöüçñß’“”–",
+    "WINDOWS-1252": "éèêàáâçíóúñäöüßåæø’“”–",
 }
 
 # Text may hold strange characters: byte sequences that are not UTF-8, control characters, runs of NULs. A run counts
@@ -182,7 +182,8 @@ def judge(text: bytes, characters: int, replaced: int, control: int) -> NotText 
     strange = replaced + control
     if strange < max(STRANGE_COUNT, STRANGE_SHARE * characters):
         return None
-    encoding = guess_encoding(take_strange(text))
+    foreign = [encoding for encoding in ENCODINGS if encoding != "WINDOWS-1252"]  # of that, most is ASCII
+    encoding = guess_encoding(take_strange(text), foreign)
     if encoding:
         return NotText(f"text in another encoding (perhaps {encoding})", convert_from(encoding))
     if control > strange / 10:
@@ -194,7 +195,7 @@ def convert_from(encoding: str) -> str:
     return f"convert it with iconv -f {encoding} -t UTF-8"
 
 
-def guess_encoding(sample: bytes, only: Iterable[str] = ENCODINGS) -> str:
+def guess_encoding(sample: bytes, encodings: Iterable[str]) -> str:
     """Return the encoding in which a sample of text makes most sense, or "" if it makes none.
 
     Text in an encoding of several bytes per character hardly ever follows the rules of another, so those are tried
@@ -204,7 +205,7 @@ def guess_encoding(sample: bytes, only: Iterable[str] = ENCODINGS) -> str:
         if nuls.count(0) > 0.4 * len(nuls) and sample.count(0) < 1.1 * nuls.count(0):
             return encoding
     shares = {}
-    for encoding in only:
+    for encoding in encodings:
         try:
             text = codecs.getincrementaldecoder(encoding)().decode(sample)  # the last character may be cut
         except UnicodeDecodeError:
@@ -215,7 +216,7 @@ def guess_encoding(sample: bytes, only: Iterable[str] = ENCODINGS) -> str:
     several_bytes = [encoding for encoding in shares if encoding not in ONE_BYTE]
     if several_bytes:
         return max(several_bytes, key=shares.get)
-    return max((encoding for encoding in shares if shares[encoding] > 0.3), key=shares.get, default="")
+    return max((encoding for encoding in shares if shares[encoding] > 0.45), key=shares.get, default="")
 
 
 # Finding archives ----------------------------------------------------------------------------------------------------
