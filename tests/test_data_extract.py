@@ -2,6 +2,7 @@
 
 import errno
 import gzip
+import io
 import lzma
 import multiprocessing
 import os
@@ -180,6 +181,84 @@ def test_a_pipe_among_the_archives_does_not_hang(run_script, tmp_path):
     put(tmp_path / "in", {"a.txt": b"first ", "b.txt": b"second"})
     os.mkfifo(tmp_path / "in/pipe.txt")
     assert run_script(SCRIPT, "-data_dir", "in", timeout=8).returncode in (0, 1)
+
+
+# What is passed over, and said ---------------------------------------------------------------------------------------
+
+YES = {"a.txt": b"yes\n", "b.txt": b"yes\n"}
+
+
+def passed_over(result: subprocess.CompletedProcess) -> list[str]:
+    return [line for line in notices(result.stderr) if line.startswith("passed over")]
+
+
+@pytest.mark.parametrize("folder", ["", "down/", "down/here/"])
+def test_outputs_and_requirements_are_never_corpus_and_one_notice_names_them(run_main, tmp_path, folder):
+    names = [*NAMES, "train_split.txt", "VAL_split.TXT", "requirements.txt"]
+    put(tmp_path / "in", {**YES, **{f"{folder}{name}": b"no" for name in names}})
+    result = run_main(SCRIPT, "-data_dir", "in")
+    assert read_three(tmp_path) == three_files(["yes\n", "yes\n"])
+    (line,) = passed_over(result)
+    assert f"{folder}VAL_split.TXT" in line and "and 3 more" in line
+
+
+def test_outputs_in_a_tar_are_not_corpus_either_and_do_not_change_the_order_of_archives(run_main, tmp_path):
+    members = {"vocab.txt": b"no", "x/train_split.txt": b"no", "._1.xz": b"no"}
+    outer = tar({**members, "1.xz": xz(tar({**members, "a": b"yes"})), "2.xz": xz(b"yes\n")})
+    put(tmp_path / "in", {"a.tar": outer})
+    with pytest.raises(Damaged, match="another archive"):
+        read_all(put(tmp_path / "nested", {"a.xz": xz(tar({"1.xz": SHORT}))}))
+    result = run_main(SCRIPT, "-data_dir", "in")
+    assert read_three(tmp_path) == three_files(["yes\n\n", "yes\n"])
+    assert any("a.tar/vocab.txt, a.tar/x/train_split.txt" in line for line in passed_over(result))
+    assert "members of tars left out (an output of these scripts, or requirements.txt): 2, such as" in result.stdout
+    assert "members of tars left out (hidden): 1, such as ._1.xz" in result.stdout
+
+
+def test_hidden_folders_virtual_environments_and_other_kinds_are_named_in_one_line_each(run_main, tmp_path):
+    others = {".git/x.txt": b"no", ".cache.txt": b"no", "my env/pyvenv.cfg": b"", "my env/lib/licence.txt": b"no"}
+    others |= {f"{i}.jsonl": b"no" for i in range(1200)}
+    put(tmp_path / "in", YES | others)
+    result = run_main(SCRIPT, "-data_dir", "in")
+    assert read_three(tmp_path) == three_files(["yes\n", "yes\n"])
+    lines = passed_over(result)
+    assert len(lines) == 3 and all(len(line) < 200 for line in lines)
+    assert "passed over (hidden): .git, .cache.txt" in lines
+    assert "passed over (a virtual environment): my env" in lines
+    assert re.search(r"\.jsonl.* and 1,197 more", lines[2]) and 'README, "Other kinds of data"' in lines[2]
+
+
+@pytest.mark.parametrize("name", [".mirror/a.txt", "env/pyvenv.cfg", "a.parquet", "vocab.txt"])
+def test_a_folder_in_which_everything_is_passed_over_is_a_sentence_that_says_why(run_main, tmp_path, name):
+    put(tmp_path / "in", {name: b"text"})
+    result = run_main(SCRIPT, "-data_dir", "in")
+    assert_fails(result, rf"in: holds no .tar, .xz or .txt file; .*; passed over \(.+\): {name.partition('/')[0]}$")
+
+
+@posix
+def test_links_to_folders_and_files_are_followed_but_nothing_is_read_twice(run_main, tmp_path):
+    put(tmp_path, {"elsewhere/b.txt": b"second\n", "in/a.txt": b"first\n", "in/sub/c.txt": b"third\n"})
+    links = {"in/one": "../elsewhere", "in/two": "../elsewhere", "in/same.txt": "a.txt"}
+    links |= {"in/sub/round": "../../in", "in/sub/self": "."}
+    for link, target in links.items():
+        (tmp_path / link).symlink_to(target)
+    result = run_main(SCRIPT, "-data_dir", "in")
+    assert read_three(tmp_path) == three_files(["first\n", "second\n", "third\n"])
+    (line,) = passed_over(result)
+    assert "a link to what is read anyway" in line
+
+
+@pytest.mark.parametrize("count", [1, 2, 10, 11])
+def test_the_summary_says_which_of_a_few_files_are_for_training_and_which_for_validation(run_main, tmp_path, count):
+    put(tmp_path / "in", {f"{i:02d}.txt": b"text\n" for i in range(count)})
+    lines = run_main(SCRIPT, "-data_dir", "in").stdout.splitlines()
+    names = [f"{i:02d}.txt" for i in range(count)]
+    first_val = int(0.9 * count)
+    expected = [
+        f"training text is from {', '.join(names[:first_val])}",
+        f"validation text is from {', '.join(names[first_val:])}",
+    ]
+    assert [line for line in lines if "text is from" in line] == (expected if count in (2, 10) else [])
 
 
 # Reading one archive -------------------------------------------------------------------------------------------------
@@ -781,6 +860,129 @@ def test_a_disk_that_fills_up_while_the_validation_text_is_cut_off_is_a_sentence
     assert_fails(result, f"output_val.txt.tmp: {os.strerror(errno.ENOSPC)}")
 
 
+@posix
+def test_outputs_that_are_links_stay_links_and_what_they_lead_to_is_replaced(run_main, tmp_path):
+    put(tmp_path, {"in/a.txt": b"first\n", "in/b.txt": b"second\n", "disk/train": b"old", "other/val": b"old"})
+    put(tmp_path, {"out/vocab.txt": b"old"})
+    (tmp_path / "out/output_train.txt").symlink_to("../disk/train")
+    (tmp_path / "out/output_val.txt").symlink_to(tmp_path / "other/new")
+    result = run_main(SCRIPT, "-data_dir", "in", "-output_dir", "out")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "out/output_train.txt").is_symlink() and (tmp_path / "out/output_val.txt").is_symlink()
+    assert read_three(tmp_path / "out") == three_files(["first\n", "second\n"])
+    assert (tmp_path / "disk/train").read_bytes() == b"first\n"
+    assert {path.name for path in tmp_path.glob("*/*")} == {"a.txt", "b.txt", "train", "new", "val", *NAMES}
+
+
+@posix
+@pytest.mark.parametrize("flags", [[], ["-min_count", "2"]])
+def test_linked_outputs_may_lie_on_other_disks(run_main, tmp_path, monkeypatch, flags):
+    rename = os.rename
+
+    def rename_on_one_disk(old, new):
+        """Each folder is a disk of its own, but for the folder of temporary files."""
+        disks = [Path(path).resolve().relative_to(tmp_path).parts[0] for path in (old, new)]
+        if disks[0] != disks[1]:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), old, None, new)
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", rename_on_one_disk)
+    monkeypatch.setattr(os, "replace", rename_on_one_disk)
+    put(tmp_path, {"in/a.txt": b"first line\n", "in/b.txt": b"second line\n", "disk/val": b"", "third/vocab": b""})
+    put(tmp_path, {"out/output_train.txt": b"old"})
+    (tmp_path / "out/output_val.txt").symlink_to("../disk/val")
+    (tmp_path / "out/vocab.txt").symlink_to("../third/vocab")
+    result = run_main(SCRIPT, "-data_dir", "in", "-output_dir", "out", *flags)
+    assert result.returncode == 0, result.stderr
+    texts = ["first line\n", "second line\n"]
+    if flags:
+        seen = Counter("".join(texts))
+        texts = ["".join(c if seen[c] > 1 else "\ufffd" for c in text) for text in texts]
+    assert read_three(tmp_path / "out") == three_files(texts)
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["val"]
+
+
+@posix
+def test_a_device_is_no_place_for_an_output(run_main, tmp_path):
+    put(tmp_path, {"in/a.txt": b"first\n", "in/b.txt": b"second\n", "out/x": b""})
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "out/output_val.txt").symlink_to("../pipe")
+    result = run_main(SCRIPT, "-data_dir", "in", "-output_dir", "out")
+    assert_fails(result, "output_val.txt: is no ordinary file where the output belongs")
+    assert (tmp_path / "pipe").is_fifo() and not list(tmp_path.glob("out/*.tmp"))
+
+
+# Progress, streams and the true reason -------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    """A stream as IDLE has it: a terminal that can't be reconfigured."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_streams_that_can_not_be_reconfigured_are_good_enough(run_main, tmp_path):
+    put(tmp_path / "in", YES)
+    stdout = io.StringIO()
+    assert run_main(SCRIPT, "-data_dir", "in", stdout=stdout, stderr=Terminal()).returncode == 0
+    assert "wrote output_train.txt" in stdout.getvalue()
+
+
+def test_a_terminal_shows_a_bar_and_a_log_file_a_line_a_minute(run_main, tmp_path, monkeypatch):
+    put(tmp_path / "in", {f"{i}.txt": "text é\n".encode() for i in range(3)})
+    terminal = Terminal()
+    run_main(SCRIPT, "-data_dir", "in", stderr=terminal)
+    assert "3/3" in terminal.getvalue() and "MB of text" in terminal.getvalue()
+    assert run_main(SCRIPT, "-data_dir", "in").stderr == ""
+    half_minutes = iter(range(0, 30_000, 31))
+    monkeypatch.setattr(data_extract.time, "monotonic", lambda: next(half_minutes))
+    lines = run_main(SCRIPT, "-data_dir", "in").stderr.splitlines()
+    assert lines == ["extracting: 67% 0.0 MB of text"]
+
+
+def fail_with(number: int):
+    def fail(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EROFS, errno.ENOSYS])
+def test_processes_that_can_not_be_started_are_the_reason_that_is_named(tmp_path, monkeypatch, number):
+    put(tmp_path / "in", YES)
+    monkeypatch.setattr(data_extract, "ProcessPoolExecutor", fail_with(number))
+    with pytest.raises(data_extract.DataError, match=f"processes can't be started: {os.strerror(number)}; .*/dev/shm"):
+        extract(tmp_path)
+
+
+@linux
+@pytest.mark.parametrize("limit", [9, 15])
+def test_too_few_open_files_are_the_reason_that_is_named(run_script, earlier, tmp_path, limit):
+    resource = pytest.importorskip("resource")
+
+    def limit_open_files() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+
+    put(tmp_path / "in", YES)
+    result = run_script(SCRIPT, "-data_dir=in", "-output_dir=out", preexec_fn=limit_open_files)
+    assert_fails(result, f"{os.strerror(errno.EMFILE)}.*ulimit -n")
+
+
+def test_a_temporary_folder_is_needed_for_the_sample_only(run_main, tmp_path, monkeypatch):
+    put(tmp_path / "in", YES)
+    monkeypatch.setattr(data_extract.tempfile, "mkdtemp", fail_with(errno.EROFS))
+    assert_fails(run_main(SCRIPT), f"a temporary folder for the sample: {os.strerror(errno.EROFS)}")
+    assert run_main(SCRIPT, "-data_dir", "in").returncode == 0
+
+
+def test_an_error_that_names_no_file_is_not_blamed_on_standard_output(run_main, tmp_path, monkeypatch):
+    put(tmp_path / "in", YES)
+    monkeypatch.setattr(data_extract, "take_sample", fail_with(errno.EIO))
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        run_main(SCRIPT, "-data_dir", "in")
+
+
 # Interruption --------------------------------------------------------------------------------------------------------
 
 
@@ -812,6 +1014,37 @@ def test_an_interrupted_run_changes_nothing_and_says_so(start_script, earlier, s
     assert process.returncode == 128 + number
     assert all(line.startswith("data_extract.py: ") for line in notices(stderr)), stderr
     assert len(notices(stderr)) <= 1 and (number == signal.SIGTERM or "interrupted" in stderr)
+    wait_for(lambda: not processes_of(process.pid))
+
+
+@linux
+def test_a_closed_terminal_ends_a_run_as_sigterm_does(start_script, earlier, slow_corpus):
+    """A terminal sends SIGHUP to every process of its group."""
+    process = start_script(SCRIPT, "-data_dir", slow_corpus, "-output_dir", earlier)
+    wait_for(lambda: (earlier / "output_parts.tmp/0").exists())  # the workers are at work
+    os.killpg(process.pid, signal.SIGHUP)
+    _, stderr = process.communicate(timeout=10)
+    assert (process.returncode, notices(stderr)) == (128 + signal.SIGHUP, [])
+    wait_for(lambda: not processes_of(process.pid))
+
+
+@linux
+def test_sighup_is_ignored_where_nohup_says_so(start_script, tmp_path):
+    put(tmp_path / "in", {"a.xz": xz(b"the first text\n" * 4_000_000), "b.txt": b"second\n"})
+    process = start_script(SCRIPT, "-data_dir=in", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    wait_for(lambda: (tmp_path / "output_parts.tmp/0").exists())
+    os.killpg(process.pid, signal.SIGHUP)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+
+
+@linux
+def test_a_worker_can_be_ended_with_sigterm(start_script, earlier, slow_corpus):
+    process = start_script(SCRIPT, "-data_dir", slow_corpus, "-output_dir", earlier)
+    wait_for(lambda: (earlier / "output_parts.tmp/0").exists())
+    os.kill(workers_of(process)[0], signal.SIGTERM)
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 1 and "a worker process was killed" in stderr
     wait_for(lambda: not processes_of(process.pid))
 
 
