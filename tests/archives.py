@@ -1,6 +1,8 @@
 """Archives of every kind, sound and damaged, and what data_extract.py should make of them, said once more, plainly."""
 
+import bz2
 import codecs
+import gzip
 import io
 import lzma
 import random
@@ -106,11 +108,65 @@ NESTINGS = {
 }
 
 
+# Other data than text ------------------------------------------------------------------------------------------------
+
+COMPRESSED = {
+    "gzip": (gzip.compress(b"text"), "gunzip"),
+    "bzip2": (bz2.compress(b"text"), "bunzip2"),
+    "zip": (b"PK\3\4\x14\0\0\0\x08\0" + bytes(20) + b"word/document.xml", "unzip"),
+    "zstd": (b"\x28\xb5\x2f\xfd\x04\x58" + b"text" * 9, "zstd -d"),
+    "xz": (xz(b"text"), "xz -d"),
+    "lz4": (b"\x04\x22\x4d\x18\x64\x40\xa7" + b"text", "lz4 -d"),
+    "7z": (b"7z\xbc\xaf\x27\x1c\0\4" + bytes(range(100)), "7z x"),
+    "rar": (b"Rar!\x1a\x07\1\0" + bytes(range(100)), "unrar x"),
+}
+README = "README, .Other kinds of data."
+BINARY = {
+    "PNG": (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + bytes(range(100)), "take it out"),
+    "JPEG": (b"\xff\xd8\xff\xe0\0\x10JFIF\0" + bytes(range(100)), "take it out"),
+    "GIF": (b"GIF89a\x20\0\x20\0\x80\0\0", "take it out"),
+    "PDF": (b"%PDF-1.7\n1 0 obj\n<< /Type /Catalog >>\n", README),
+    "parquet": (b"PAR1\x15\x04\x15\x10\x15\x14\x4c" + b"text" * 9 + b"PAR1", README),
+    "Arrow": (b"ARROW1\0\0" + bytes(range(100)), README),
+    "SQLite": (b"SQLite format 3\0\x10\0\1\1" + bytes(80), README),
+    "Office": (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(80), README),
+    "Linux program": (b"\x7fELF\2\1\1\0" + bytes(56), "take it out"),
+    "Windows program": (b"MZ\x90\0\3\0\0\0\4\0\0\0\xff\xff\0\0" + bytes(48), "take it out"),
+    "RIFF": (b"RIFF\x24\x08\0\0WAVEfmt " + bytes(30), "take it out"),
+    "Ogg": (b"OggS\0\2" + bytes(30), "take it out"),
+    "MP3": (b"ID3\4\0\0\0\0\0\x23TSSE", "take it out"),
+    "MP4": (b"\0\0\0\x20ftypisom\0\0\2\0", "take it out"),
+    "binary": (random.Random(2).randbytes(5000), "take it out"),  # of no kind that is known by name
+}
+LIKE_TEXT = [  # what begins like other data, and is text
+    b"BZhang is a name\n",
+    b"MZ is what programs begin with\n",
+    b"GIF89a is the name of a format, GIF87a another\n",
+    b"PAR1 is the label of the first part\n",
+    b"PK is short for Phil Katz\n",
+    b"RIFF is a container, and so is WAVE\n",
+    b"OggS! cried the hero\n",
+    b"ID3 tags hold the names of songs\n",
+    b"%PDF is how those begin\n",
+    b"7z, Rar! and ustar are archives\n",
+    bytes(512) + b"after 512 NULs\n",
+    bytes(20_000) + b"after more of them\n",
+    b"in between" + bytes(5000) + b"\n" + bytes(700) + b"and once more\n",
+    b"\x1b[1mbold\x1b[0m and o\bover\n" * 90,
+]
+
+
 # What should come out, and what did ----------------------------------------------------------------------------------
 
 
 def plain(data: bytes) -> str:
     return data.removeprefix(BOM).decode("utf-8", "replace").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def text_file(data: bytes) -> str:
+    """What a .txt comes to: a text of its own, which ends with a newline."""
+    text = plain(data)
+    return text if text.endswith("\n") or not text else text + "\n"
 
 
 def documents(contents: list[bytes]) -> str:
@@ -180,6 +236,9 @@ DAMAGED = {
     "absurd size.xz": xz(pax(b"25 size=9999999999999999\n", ("a.txt", b"a" * 3000))),
     "endless number.xz": xz(pax(b"5012 size=" + b"9" * 5000 + b"\n", ("a.txt", b"a"))),
     "absurd size.tar": pax(b"25 size=9999999999999999\n", ("a.txt", b"a" * 3000)),
-    "utf-16.txt": "text\n".encode("utf-16"),
+    "gzip.txt": gzip.compress(b"text"),
+    "gzip.xz": xz(gzip.compress(b"text")),
+    "sparse.tar": tar([(member("a.txt", tarfile.GNUTYPE_SPARSE), b"")]),
+    "another encoding.txt": "你好，世界。\n".encode("gbk") * 100,
     "\x80bad name.xz": b"",
 }

@@ -29,7 +29,7 @@ TINY = ["-batch_size=4", "-block_size=8", "-n_embd=16", "-n_head=2", "-n_layer=1
 PROGRESS = r"extracting:|replacing:|step \d|\s*\d+%"
 NOTICES = (
     "the learning rate now follows|no openwebtext folder here|the earlier .* is kept as|"
-    "left out, as the model has never seen them"
+    "left out, as the model has never seen them|passed over"
 )
 
 posix = pytest.mark.skipif(os.name != "posix", reason="POSIX links, limits, devices and permissions")
@@ -166,10 +166,8 @@ def extract_here(monkeypatch):
 @pytest.fixture
 def run_main(tmp_path, monkeypatch, extract_here, one_thread):
     """`run_main("chatbot.py", "-top_k", 3, stdin=..., stdout=...)` runs a script's main() in this process."""
-    names = ("SIGINT", "SIGTERM", "SIGHUP")
-    handlers = {
-        number: signal.getsignal(number) for number in (getattr(signal, n) for n in names if hasattr(signal, n))
-    }
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    handlers = {number: signal.getsignal(number) for number in numbers}
 
     def run(name: str, *args, cwd: Path = tmp_path, **streams) -> subprocess.CompletedProcess:
         modes = {"stdin": "strict", "stdout": "strict", "stderr": "backslashreplace"}  # as Python has it

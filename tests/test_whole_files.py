@@ -155,7 +155,7 @@ def test_extracting_to_a_disk_that_is_full_sooner_or_later(tmp_path, disk, run_h
             assert disk.files() == former
     assert result.returncode == 0 and named == {"0", "1", "vocab.txt"}
     assert read_three(disk.folder) == three_files(
-        [(tmp_path / "in" / name).read_text("utf-8") for name in ("a.txt", "b.txt")]
+        [(tmp_path / "in" / name).read_text("utf-8") + "\n" for name in ("a.txt", "b.txt")]
     )
 
 
