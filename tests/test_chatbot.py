@@ -174,7 +174,8 @@ def test_a_line_that_ends_in_a_backslash_goes_on_in_the_next(chat, typed, prompt
 
 
 @signals
-def test_someone_at_a_terminal_is_asked_for_prompts_and_leaves_with_ctrl_d(start_script, folder):
+@pytest.mark.parametrize("leave", ["Ctrl-C", "Ctrl-D"])
+def test_someone_at_a_terminal_is_asked_for_prompts_until_they_leave(start_script, folder, leave):
     import pty
 
     ours, theirs = pty.openpty()
@@ -194,14 +195,17 @@ def test_someone_at_a_terminal_is_asked_for_prompts_and_leaves_with_ctrl_d(start
     os.write(ours, b"cd\n")
     read_until("in the completion\r\nPrompt: ")
     assert "Completion:\r\na\x1b[38;5;" in shown and "\x1b[0m\r\nbits per character: " in shown
-    os.write(ours, b"\x04")
+    if leave == "Ctrl-C":
+        run.send_signal(signal.SIGINT)
+    else:
+        os.write(ours, b"\x04")
     assert run.wait(timeout=30) == 0
     assert os.read(ours, 1000).decode().endswith("\r\n")
     os.close(ours)
 
 
 @signals
-def test_ctrl_c_stops_an_answer_and_then_leaves(start_script, folder):
+def test_ctrl_c_stops_an_answer(start_script, folder):
     run = start_script("chatbot.py", "-max_new_tokens", str(10**7), cwd=folder, stdin=subprocess.PIPE)
     run.stdin.write("abc\nxyz\n")
     run.stdin.flush()
@@ -212,8 +216,7 @@ def test_ctrl_c_stops_an_answer_and_then_leaves(start_script, folder):
         shown += run.stdout.read(1) or pytest.fail(shown)
     run.send_signal(signal.SIGINT)
     wait_until_shown(run, "(stopped)\n(stopped)\n")
-    run.send_signal(signal.SIGINT)
-    _, errors = run.communicate(timeout=30)
+    _, errors = run.communicate(timeout=30)  # which ends the input
     assert run.returncode == 0 and errors == ""
 
 
@@ -228,6 +231,16 @@ def test_a_prompt_file_is_answered_as_it_is(chat, folder, content):
     assert chat(*flags, "-prompt_file", "prompt.txt").stdout == expected
     assert expected.startswith("Completion:\nabc\ndef\n")
     assert chat(*flags, "-prompt_file", "-", typed="abc\ndef\n").stdout == expected
+
+
+def test_a_prompt_file_that_can_not_be_read_is_a_sentence(chat, folder):
+    (folder / "latin.txt").write_bytes("é".encode("latin-1"))
+    for name, message in (
+        ("latin.txt", "latin.txt: not UTF-8 text; save it as UTF-8"),
+        ("gone.txt", f"gone.txt: {os.strerror(errno.ENOENT)}$"),
+        (".", r"\.: "),
+    ):
+        assert_fails(chat("-prompt_file", name, status=1), message)
 
 
 @pytest.mark.parametrize("batch", [(), ("-batch_size", 2), ("-show",)])
