@@ -629,7 +629,7 @@ class Record:
 
 def sibling(model: Path, ending: str) -> Path:
     """Return the path of a file that belongs to a model: model-01.pkl, ".state.pkl" -> model-01.state.pkl"""
-    return model.with_name(model.name.removesuffix(".pkl") + ending)
+    return Path(str(model).removesuffix(".pkl") + ending)
 
 
 def save_evaluation(run: Run, is_best: bool) -> None:
@@ -638,7 +638,7 @@ def save_evaluation(run: Run, is_best: bool) -> None:
     if is_best:
         save_model(settings.model, run.model, run.vocabulary)
     save_metrics(sibling(settings.model, ".metrics.csv"), run.record)
-    if settings.plot:
+    if settings.plot and has_matplotlib():
         draw_losses(settings.plot, settings.model.name.removesuffix(".pkl"), run.record)
 
 
@@ -1087,10 +1087,6 @@ def work_out_defaults(parser: argparse.ArgumentParser, args: argparse.Namespace)
     warmup_iters = args.warmup_iters
     if warmup_iters is None:
         warmup_iters = min(150, args.max_iters // 3)
-    plot = args.plot
-    if plot and importlib.util.find_spec("matplotlib") is None:
-        print("no picture will be drawn: -plot needs matplotlib, pip install matplotlib", file=sys.stderr)
-        plot = None
     device_name = args.device
     if device_name in (None, "cuda") and torch.cuda.is_available():
         device_name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # a card for each process
@@ -1106,7 +1102,6 @@ def work_out_defaults(parser: argparse.ArgumentParser, args: argparse.Namespace)
         "warmup_iters": warmup_iters,
         "device": device,
         "dtype": dtype,
-        "plot": plot,
         "compile": args.compile or ("on" if device.type == "cuda" else "off"),
         "arguments": tuple(f"-{name}={value}" for name, value in saved.items() if value is not None),
     }
@@ -1143,10 +1138,15 @@ def check_outputs(settings: Settings) -> None:
         writable = folder.is_dir() and os.access(folder, os.W_OK)
         if not writable or (path.exists() and not path.is_file()):
             raise TrainingError(f"{path}: -{flag} must name a file in a folder that exists and can be written to")
-    model = settings.model
-    twin = sibling(model, "" if model.suffix == ".pkl" else ".pkl")
+    twin = sibling(settings.model, "" if settings.model.suffix == ".pkl" else ".pkl")
     if twin.is_file():
-        raise TrainingError(f"{model}: would share its state and metrics with {twin}; name another -model")
+        raise TrainingError(f"{settings.model}: would share its state and metrics with {twin}; name another -model")
+    if settings.plot and not has_matplotlib():
+        print("no picture will be drawn: -plot needs matplotlib, pip install matplotlib", file=sys.stderr)
+
+
+def has_matplotlib() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def starting_model(settings: Settings, start: Start | None) -> tuple[GPTLanguageModel, Vocabulary]:
