@@ -56,6 +56,9 @@ FEW = 10  # archives that the summary names
 STATUS_SECONDS = 60  # between two lines of progress in a log file
 REPLACEMENT = "\ufffd"
 
+ENDING_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows lacks one
+ALL_SIGNALS = [signal.SIGINT, *ENDING_SIGNALS]
+
 
 class DataError(Exception):
     """The data can't be used as it is; the message says which file, why, and what to do."""
@@ -74,7 +77,7 @@ def name_file_in_errors(path: Path | str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OSError(error.errno, error.strerror, error.filename or path) from error
+        raise OSError(error.errno, error.strerror or str(error), error.filename or path) from error
 
 
 def one_line(text: str) -> str:
@@ -237,14 +240,6 @@ class Archive(NamedTuple):
     @property
     def is_tar(self) -> bool:
         return self.name.lower().endswith(".tar")
-
-    @property
-    def is_named_tar(self) -> bool:
-        return self.name.lower().endswith((".tar", ".tar.xz"))
-
-    @property
-    def is_txt(self) -> bool:
-        return self.name.lower().endswith(".txt")
 
 
 def find_archives(data_dir: Path) -> tuple[list[Archive], dict[str, list[str]]]:
@@ -473,7 +468,8 @@ def read_text(archive: Archive, counts: Counts) -> Iterator[bytes]:
         stream = io.BufferedReader(Unxz(window) if archive.is_xz else window, READ_SIZE)
         try:
             head = stream.read(tarfile.BLOCKSIZE)
-            if is_tar_header(head) or (archive.is_named_tar and head == END_MARK):
+            starts_empty = head == END_MARK and archive.name.lower().endswith((".tar", ".tar.xz"))
+            if is_tar_header(head) or starts_empty:
                 yield from read_tar(archive, stream, head, counts)
             elif archive.is_tar:
                 raise Damaged("it is not a tar file")
@@ -488,8 +484,8 @@ def read_text(archive: Archive, counts: Counts) -> Iterator[bytes]:
 
 
 def read_plain(archive: Archive, stream: io.BufferedReader, head: bytes, counts: Counts) -> Iterator[bytes]:
-    """Yield the rest of a text that begins with `head`. Raises Damaged if it turns out to be none."""
-    if archive.is_xz and head == END_MARK:  # a text that begins with NULs, or a packed tar without members?
+    """Yield a text that begins with `head`. Raises Damaged if it turns out to be none."""
+    if archive.is_xz and head == END_MARK:  # a text that begins with NULs, or a packed tar without any member
         head += stream.read(tarfile.RECORDSIZE - len(head))
         if not head.strip(b"\0") and not stream.peek(1):
             return
@@ -505,7 +501,7 @@ def read_plain(archive: Archive, stream: io.BufferedReader, head: bytes, counts:
     if not_text:
         raise Damaged(f"it holds {not_text.kind}, not UTF-8 text", not_text.remedy)
     counts.documents += 1
-    if archive.is_txt and not last.endswith(b"\n"):
+    if archive.name.lower().endswith(".txt") and not last.endswith(b"\n"):
         counts.characters += 1
         yield b"\n"
 
@@ -691,7 +687,8 @@ def read_member(name: str, stream: io.BufferedReader, size: int, counts: Counts)
             not_text = judge(text, characters, replaced, control)
             if not_text:
                 counts.leave_out(not_text.kind, name)
-                deque(pieces, maxlen=0)  # read past the rest of it
+                for _ in pieces:  # the next member begins after the rest of this one
+                    pass
                 return
         is_empty = False
         counts.add_text(text, characters, replaced, control)
@@ -723,7 +720,7 @@ def start_worker() -> None:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_SIGNALS)  # the parent held them while it started this process
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ALL_SIGNALS)  # the parent held them while it started this process
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
@@ -748,7 +745,7 @@ def extract_archive(archive: Archive, part: Path, min_count: int) -> Counts:
         reason = f"perhaps {encoding}; {convert_from(encoding)}" if encoding else "it may be damaged"
         share = counts.replaced / counts.characters
         counts.doubtful = [f"{archive.name}: {share:.1%} of its characters replaced, as not UTF-8 ({reason})"]
-    counts.sample = b""  # has served its purpose, and is large
+    counts.sample = b""  # 64 KB, which the parent process has no use for
     return counts
 
 
@@ -805,19 +802,19 @@ class Outputs(NamedTuple):
 
 
 class Progress:
-    """How far a long job is: a bar on a terminal; elsewhere, as in a log file, a line a minute."""
+    """Show how far a long job is: a bar on a terminal; elsewhere, as in a log file, a line a minute."""
 
     def __init__(self, doing: str, total: int, **bar_options):
         self.doing, self.total, self.done = doing, total, 0
         self.bar = tqdm(total=total, desc=doing, dynamic_ncols=True, disable=None, **bar_options)
         self.next_line = time.monotonic() + STATUS_SECONDS
 
-    def update(self, amount: int, note: str = "") -> None:
+    def update(self, amount: int, note: str) -> None:
         self.done += amount
         self.bar.set_postfix_str(note, refresh=False)
         self.bar.update(amount)
         if self.bar.disable and time.monotonic() >= self.next_line:
-            notify(f"{self.doing}: {self.done / self.total:.0%} {note}".rstrip())
+            notify(f"{self.doing}: {self.done / self.total:.0%}, {note}")
             self.next_line = time.monotonic() + STATUS_SECONDS
 
 
@@ -883,7 +880,7 @@ def append(part: Path, path: Path) -> None:
 
 def extract_all(archives: list[Archive], parts: Path, workers: int | None, min_count: int) -> Iterator[Counts]:
     """Yield what came out of each archive, in order, while worker processes write their texts to files in `parts`."""
-    workers = min(workers or available_cores(), len(archives), 61)  # Windows can wait for no more than 61 processes
+    workers = min(workers or available_cores(), len(archives), 61)  # Windows can't wait for more than 61 processes
     with starting_processes():
         pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker)
     with pool:
@@ -903,10 +900,6 @@ def extract_all(archives: list[Archive], parts: Path, workers: int | None, min_c
                 process.kill()
 
 
-ENDING_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-HELD_SIGNALS = [signal.SIGINT, *ENDING_SIGNALS]
-
-
 @contextmanager
 def starting_processes() -> Iterator[None]:
     """Let signals wait until the block is done: a process that is just starting would not end quietly.
@@ -914,7 +907,7 @@ def starting_processes() -> Iterator[None]:
     Raises DataError if the system has no means for more processes, which Python's errors don't say.
     """
     if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, HELD_SIGNALS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, ALL_SIGNALS)
     try:
         yield
     except OSError as error:
@@ -922,7 +915,7 @@ def starting_processes() -> Iterator[None]:
         raise DataError(f"worker processes can't be started: {error.strerror}; {needs}") from error
     finally:
         if hasattr(signal, "pthread_sigmask"):
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_SIGNALS)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, ALL_SIGNALS)
 
 
 def available_cores() -> int:
@@ -988,7 +981,7 @@ def replace_rare(outputs: Outputs, parts: Path, train: Counts, val: Counts, min_
         return
     if not seen.keys() - rare - {REPLACEMENT}:
         raise DataError(f"no character is seen {min_count:,} times; lower -min_count or add more text")
-    pattern = re.compile(f"[{''.join(map(re.escape, rare))}]")
+    pattern = re.compile(f"[{re.escape(''.join(rare))}]")
     for path, counts in ((outputs.train, train), (outputs.val, val)):
         substitute(pattern, path, parts / path.name)
         counts.size = path.stat().st_size
@@ -1002,7 +995,7 @@ def substitute(pattern: re.Pattern, path: Path, new: Path) -> None:
     with progress.bar, name_file_in_errors(path), open(path, "rb") as old, open(new, "wb") as file:
         for piece in split_safely(read_blocks(old)):
             file.write(pattern.sub(REPLACEMENT, piece.decode()).encode())
-            progress.update(len(piece))
+            progress.update(len(piece), f"in {path.name.removesuffix('.tmp')}")
     path.unlink()
     shutil.move(new, path)  # `path` may be on another disk
 
@@ -1040,43 +1033,17 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
         allow_abbrev=False,
         description="Turn archives of text into output_train.txt, output_val.txt and vocab.txt.",
     )
-    parser.add_argument(
-        "-data_dir",
-        type=Path,
-        metavar="FOLDER",
-        help=f"where the .tar, .xz and .txt files are (default: {DEFAULT_DATA_DIR} if it is there, else a sample)",
-    )
-    parser.add_argument(
-        "-output_dir",
-        type=Path,
-        default=Path("."),
-        metavar="FOLDER",
-        help="where to write the three files (default: %(default)s)",
-    )
-    parser.add_argument(
-        "-skip_corrupt", action="store_true", help="leave damaged archives out instead of stopping (default: off)"
-    )
-    parser.add_argument(
-        "-sample_rate",
-        type=float,
-        default=1.0,
-        metavar="SHARE",
-        help="share of the archives to use, above 0 and up to 1 (default: %(default)s)",
-    )
-    parser.add_argument(
-        "-min_count",
-        type=int,
-        default=1,
-        metavar="N",
-        help="characters seen fewer times than this become U+FFFD (default: %(default)s, so none)",
-    )
-    parser.add_argument(
-        "-seed",
-        type=int,
-        default=1337,
-        metavar="N",
-        help="decides which archives -sample_rate takes (default: %(default)s)",
-    )
+
+    def flag(name: str, metavar: str, help: str, **options) -> None:
+        parser.add_argument(name, metavar=metavar, help=f"{help} (default: %(default)s)", **options)
+
+    source = f"where the .tar, .xz and .txt files are (default: {DEFAULT_DATA_DIR} if it is there, else a sample)"
+    parser.add_argument("-data_dir", metavar="FOLDER", type=Path, help=source)
+    flag("-output_dir", "FOLDER", "where to write the three files", type=Path, default=Path("."))
+    parser.add_argument("-skip_corrupt", action="store_true", help="leave damaged archives out instead of stopping")
+    flag("-sample_rate", "SHARE", "share of the archives to use, above 0 and up to 1", type=float, default=1.0)
+    flag("-min_count", "N", "characters seen fewer times than this become U+FFFD", type=int, default=1)
+    flag("-seed", "N", "decides which archives -sample_rate takes", type=int, default=1337)
     args = parser.parse_args([re.sub(r"^--(?=\w)", "-", argument) for argument in arguments])  # --seed is -seed
     if not 0 < args.sample_rate <= 1:
         parser.error(f"argument -sample_rate: {args.sample_rate} is not above 0 and at most 1")

@@ -1,4 +1,4 @@
-"""Archives of every kind, sound and damaged, and what data_extract.py should make of them, said once more, plainly."""
+"""Archives of every kind, sound and damaged, and a second, plain implementation of what should come out of them."""
 
 import bz2
 import codecs

@@ -1,4 +1,4 @@
-"""data_extract.py: clean text from archives of every nesting, all of it or a sentence about what is wrong."""
+"""data_extract.py gives clean text from archives of every nesting, or one line that says what is wrong."""
 
 import errno
 import gzip
@@ -58,7 +58,7 @@ CHARACTERS = "".join(map(chr, range(0x4E00, 0x4E00 + 5000)))
 
 
 def read_all(folder: Path) -> tuple[str, Counts]:
-    """The clean text of all archives in a folder, one after the other, and the counts; in this process."""
+    """Return the clean text of all archives in a folder, one after the other, and its counts."""
     total, texts = Counts(), []
     for archive in find_archives(folder)[0]:
         found = Counts()
@@ -68,14 +68,14 @@ def read_all(folder: Path) -> tuple[str, Counts]:
 
 
 def extract(folder: Path, **options) -> tuple:
-    """Extract folder/in to folder/out; gives what is in both texts and what was left out."""
+    """Extract folder/in to folder/out; return what is in both texts and what was left out."""
     (folder / "out").mkdir(exist_ok=True)
     return data_extract.extract(find_archives(folder / "in")[0], folder / "out", **options)
 
 
 @pytest.fixture
 def earlier(tmp_path):
-    """An output folder with the files of an earlier run; afterwards it holds these as they were, and nothing else."""
+    """An output folder with the files of an earlier run; checks that a test leaves it as it was."""
     contents = {name: f"{name} of an earlier run".encode() for name in NAMES}
     folder = put(tmp_path / "out", contents)
     yield folder
@@ -84,7 +84,7 @@ def earlier(tmp_path):
 
 @pytest.fixture
 def limit_file_size():
-    """What a child process can call to find the disk full at some number of bytes per file."""
+    """A function for a child process to call: no file may then grow beyond some size, as on a full disk."""
     resource = pytest.importorskip("resource")
 
     def limit(size: int) -> None:
@@ -96,7 +96,7 @@ def limit_file_size():
 
 @pytest.fixture
 def small_chunks(monkeypatch, request):
-    """Let texts of some thousand bytes be larger than what is cleaned at once."""
+    """Clean fewer bytes at once, so that small texts are cut into chunks."""
     monkeypatch.setattr(data_extract, "CHUNK", request.param)
 
 
@@ -229,7 +229,7 @@ def test_hidden_folders_virtual_environments_and_other_kinds_are_named_in_one_li
 
 
 @pytest.mark.parametrize("name", [".mirror/a.txt", "env/pyvenv.cfg", "a.parquet", "vocab.txt"])
-def test_a_folder_in_which_everything_is_passed_over_is_a_sentence_that_says_why(run_main, tmp_path, name):
+def test_a_folder_in_which_everything_is_passed_over_is_reported_with_why(run_main, tmp_path, name):
     put(tmp_path / "in", {name: b"text"})
     result = run_main(SCRIPT, "-data_dir", "in")
     assert_fails(result, rf"in: holds no .tar, .xz or .txt file; .*; passed over \(.+\): {name.partition('/')[0]}$")
@@ -374,7 +374,7 @@ def test_damage_to_an_outer_tar_is_noticed(tmp_path, data):
         read_all(tmp_path)
 
 
-def test_random_damage_is_named_or_gives_no_more_text_than_there_was(tmp_path):
+def test_random_damage_is_reported_or_gives_no_more_text_than_there_was(tmp_path):
     generator = random.Random(0)
     sound = tar({"a.txt": TEXT, "long/" * 30 + "b": b"b" * 700, "c.txt": b"c"}, tarfile.PAX_FORMAT)
     for _ in range(300):
@@ -392,7 +392,7 @@ def test_random_damage_is_named_or_gives_no_more_text_than_there_was(tmp_path):
 @posix
 @pytest.mark.skipif(getattr(os, "geteuid", lambda: 0)() == 0, reason="root can read everything")
 @pytest.mark.parametrize("name", ["a.txt", "b.xz", "c.tar", "folder"])
-def test_an_unreadable_file_is_a_sentence(run_main, earlier, tmp_path, name):
+def test_an_unreadable_file_is_reported_in_one_line(run_main, earlier, tmp_path, name):
     put(tmp_path / "in", {"a.txt": TEXT, "b.xz": SHORT, "c.tar": OUTER, "folder/d.txt": TEXT})
     (tmp_path / "in" / name).chmod(0)
     try:
@@ -401,7 +401,7 @@ def test_an_unreadable_file_is_a_sentence(run_main, earlier, tmp_path, name):
         (tmp_path / "in" / name).chmod(0o700)
 
 
-def test_an_archive_that_can_not_be_read_to_its_end_is_named(run_main, earlier, tmp_path, monkeypatch):
+def test_an_archive_that_cannot_be_read_to_its_end_is_named(run_main, earlier, tmp_path, monkeypatch):
     def fail(self, buffer):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
@@ -439,7 +439,7 @@ def test_members_of_a_tar_that_are_no_text_are_left_out_and_counted(run_main, tm
         assert re.search(rf"members of tars left out \({kind}.* data\): \d", result.stdout), kind
 
 
-def test_a_tar_that_holds_no_text_at_all_is_a_sentence_that_says_what_it_holds(run_main, tmp_path):
+def test_a_tar_that_holds_no_text_at_all_is_reported_with_what_it_holds(run_main, tmp_path):
     put(tmp_path / "in", {"a.tar": tar({"a.gz": gzip.compress(b"text")})})
     result = run_main(SCRIPT, "-data_dir", "in")
     assert_fails(result, r"too little text: .*; members of tars left out \(gzip data\): 1, such as a.gz")
@@ -493,7 +493,7 @@ def test_a_text_in_another_encoding_is_named_with_what_to_do(run_main, earlier, 
     assert_fails(result, f"{name}: it holds text in another encoding .*; convert it with iconv -f {encoding} -t UTF-8,")
 
 
-def test_an_encoding_that_can_not_be_guessed_is_still_named_as_the_reason(run_main, earlier, tmp_path):
+def test_an_encoding_that_cannot_be_guessed_is_still_named_as_the_reason(run_main, earlier, tmp_path):
     put(
         tmp_path / "in",
         {"a.txt": "Ένα κείμενο, όχι πολύ μεγάλο. Στην αρχή ήταν ο λόγος.\n".encode("cp1253") * 200, "b.txt": b"text\n"},
@@ -666,7 +666,7 @@ LONG = {
 
 @pytest.mark.parametrize("small_chunks", [7, 512, 1023, 1024], indirect=True)
 @pytest.mark.parametrize("name", LONG)
-def test_text_larger_than_a_chunk_is_never_cut_inside_a_character_or_line_end(tmp_path, small_chunks, name):
+def test_large_text_is_never_cut_inside_a_character_or_line_end(tmp_path, small_chunks, name):
     data = LONG[name]
     put(tmp_path, {"a.txt": data, "b.xz": xz(data), "c.xz": xz(tar({"1": data, "2": b"x", "3": data}))})
     expected = text_file(data) + plain(data) + documents([data, b"x", data])
@@ -676,7 +676,7 @@ def test_text_larger_than_a_chunk_is_never_cut_inside_a_character_or_line_end(tm
     assert found.documents == 2 + sum(bool(plain(content).strip("\n")) for content in (data, b"x", data))
 
 
-def test_text_larger_than_a_chunk_comes_whole_out_of_worker_processes(run_script, tmp_path):
+def test_large_text_comes_out_whole_from_worker_processes(run_script, tmp_path):
     line = FOREIGN.encode() * 60_000
     put(tmp_path / "in", {"a.xz": xz(tar({"1": line, "2": line + b"\r\n\r\n", "3": b"x"})), "b.txt": b"y" + line})
     assert len(line) > 1.5 * data_extract.CHUNK
@@ -685,7 +685,7 @@ def test_text_larger_than_a_chunk_comes_whole_out_of_worker_processes(run_script
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_random_corpora_come_out_as_the_plain_implementation_says(tmp_path, monkeypatch, seed):
+def test_random_corpora_match_a_plain_implementation(tmp_path, monkeypatch, seed):
     generator = random.Random(seed)
     parts = [*FOREIGN, "word ", "\ufffd", b"\xff", b"\xe2\x82", b"\x80", b"\xf0\x9f"]
     ends = ["\n", "\r\n", "\r", "\n\n", "", "", ""]
@@ -749,7 +749,7 @@ def test_the_number_of_workers_does_not_change_the_result(tmp_path, workers):
     assert read_three(tmp_path / "out") == expected
 
 
-def test_workers_that_nothing_is_left_for_are_not_waited_for(tmp_path, monkeypatch):
+def test_idle_workers_are_not_waited_for(tmp_path, monkeypatch):
     start = multiprocessing.context.SpawnProcess.start
 
     def start_slowly(process):
@@ -764,7 +764,7 @@ def test_workers_that_nothing_is_left_for_are_not_waited_for(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(("count", "training"), [(2, 1), (3, 2), (10, 9), (19, 17)])
-def test_nine_tenths_of_the_archives_are_training_text(extract_here, tmp_path, count, training):
+def test_the_first_nine_tenths_of_the_archives_are_training_text(extract_here, tmp_path, count, training):
     put(tmp_path / "in", {f"{i:02d}.txt": b"%02d" % i for i in range(count)})
     train, val, _ = extract(tmp_path)
     assert (train.documents, val.documents) == (training, count - training)
@@ -841,14 +841,14 @@ def test_skip_corrupt_takes_back_what_a_large_damaged_archive_has_already_writte
     ],
     ids=["first archive", "second archive", "validation", "vocabulary"],
 )
-def test_a_full_disk_is_a_sentence(run_script, earlier, tmp_path, limit_file_size, files, limit, full):
+def test_a_full_disk_is_reported_in_one_line(run_script, earlier, tmp_path, limit_file_size, files, limit, full):
     put(tmp_path / "in", files)
     args = ["-data_dir", "in", "-output_dir", "out"]
     result = run_script(SCRIPT, *args, preexec_fn=lambda: limit_file_size(limit))
     assert_fails(result, f"{full}: {os.strerror(errno.EFBIG)}")
 
 
-def test_a_disk_that_fills_up_while_the_validation_text_is_cut_off_is_a_sentence(
+def test_a_disk_that_fills_up_while_the_validation_text_is_cut_off_is_reported_in_one_line(
     run_main, earlier, tmp_path, monkeypatch
 ):
     def fail(*_):
@@ -922,7 +922,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_streams_that_can_not_be_reconfigured_are_good_enough(run_main, tmp_path):
+def test_streams_that_cannot_be_reconfigured_are_good_enough(run_main, tmp_path):
     put(tmp_path / "in", YES)
     stdout = io.StringIO()
     assert run_main(SCRIPT, "-data_dir", "in", stdout=stdout, stderr=Terminal()).returncode == 0
@@ -938,7 +938,7 @@ def test_a_terminal_shows_a_bar_and_a_log_file_a_line_a_minute(run_main, tmp_pat
     half_minutes = iter(range(0, 30_000, 31))
     monkeypatch.setattr(data_extract.time, "monotonic", lambda: next(half_minutes))
     lines = run_main(SCRIPT, "-data_dir", "in").stderr.splitlines()
-    assert lines == ["extracting: 67% 0.0 MB of text"]
+    assert lines == ["extracting: 67%, 0.0 MB of text"]
 
 
 def fail_with(number: int):
@@ -949,7 +949,7 @@ def fail_with(number: int):
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.EROFS, errno.ENOSYS])
-def test_processes_that_can_not_be_started_are_the_reason_that_is_named(tmp_path, monkeypatch, number):
+def test_processes_that_cannot_be_started_are_the_reason_that_is_named(tmp_path, monkeypatch, number):
     put(tmp_path / "in", YES)
     monkeypatch.setattr(data_extract, "ProcessPoolExecutor", fail_with(number))
     with pytest.raises(data_extract.DataError, match=f"processes can't be started: {os.strerror(number)}; .*/dev/shm"):
@@ -988,7 +988,7 @@ def test_an_error_that_names_no_file_is_not_blamed_on_standard_output(run_main, 
 
 @pytest.fixture
 def slow_corpus(tmp_path):
-    """Archives that take many seconds to read and give little text: hidden members of 8 GB."""
+    """Archives that take many seconds to read but give little text: each has a hidden member of 8 GB."""
     hidden = member(".hidden", size=0o77777777777).tobuf(tarfile.GNU_FORMAT)
     data = xz(tar({"a.txt": b"text"})[:1024] + hidden) + xz(bytes(1 << 24)) * 480
     return put(tmp_path / "in", {f"{i}.xz": data for i in range(3)})
@@ -1112,14 +1112,16 @@ def test_the_summary_says_what_was_rare_also_in_a_sample(run_script, tmp_path):
     assert f"fewer than 50 times replaced by U+FFFD: {sum(rare.values()):,} ({len(rare)} different)" in result.stdout
 
 
-def test_a_text_in_which_everything_is_rare_is_a_sentence(run_main, earlier, tmp_path):
+def test_a_text_in_which_everything_is_rare_is_reported_in_one_line(run_main, earlier, tmp_path):
     put(tmp_path / "in", {"a.txt": ("ab\né" * 98 + "\ufffd" * 100).encode()})
     result = run_main(SCRIPT, "-data_dir", "in", "-output_dir", "out", "-min_count", "100")
     assert_fails(result, "no character is seen 100 times; lower -min_count")
 
 
 @posix
-def test_a_disk_that_fills_up_with_replacements_is_a_sentence(run_script, earlier, tmp_path, limit_file_size):
+def test_a_disk_that_fills_up_while_rare_characters_are_replaced_is_reported(
+    run_script, earlier, tmp_path, limit_file_size
+):
     text = "".join(map(chr, range(0x80, 0x800))) * 9 + "a" * 100  # two bytes each, of which three become
     put(tmp_path / "in", {"a.txt": text.encode(), "b.txt": b"b"})
     args = ["-data_dir", "in", "-output_dir", "out", "-min_count", "100"]
@@ -1153,7 +1155,7 @@ def test_without_flags_an_openwebtext_folder_is_used(run_main, tmp_path):
 
 
 @posix
-def test_a_disk_too_full_for_the_built_in_sample_is_a_sentence(run_script, earlier, limit_file_size):
+def test_a_disk_too_full_for_the_built_in_sample_is_reported_in_one_line(run_script, earlier, limit_file_size):
     result = run_script(SCRIPT, "-output_dir", "out", preexec_fn=lambda: limit_file_size(20_000))
     assert_fails(result, os.strerror(errno.EFBIG))
 
@@ -1185,7 +1187,7 @@ LINE = f"{FOREIGN} {'The quick brown fox jumps over the lazy dog. ' * 20}".encod
 
 
 def run_measured(*args) -> tuple[float, str]:
-    """The megabytes of the largest process of a run, all of its workers included, and its standard output."""
+    """Return the megabytes of the largest process of a run, workers included, and its standard output."""
     command = [sys.executable, "-c", MEASURE, sys.executable, data_extract.__file__, *map(str, args)]
     result = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
     assert result.returncode == 0, result.stderr
@@ -1194,7 +1196,7 @@ def run_measured(*args) -> tuple[float, str]:
 
 
 def repeated(block: bytes, size: int) -> bytes:
-    """An .xz file, quickly made, of `block` repeated to at least `size` bytes."""
+    """Return an .xz file of `block` repeated to at least `size` bytes, quickly made."""
     block *= (32 << 20) // len(block)
     return lzma.compress(block, preset=0) * -(-size // len(block))
 
