@@ -45,6 +45,7 @@ NO_INT = [(value, f"invalid int value: '{value}'") for value in ("", "1.5", "tex
 NO_INT += [("\udcff", r"invalid int value: '\\udcff'"), ("1\n2\n3", r"invalid int value: '1\\n2\\n3'")]
 TOO_LOW = [("0", "0 is not 1 or more"), ("-1", "-1 is not 1 or more"), (f"-{HUGE}", "is not 1 or more")]
 SIZE = [*NO_INT, *TOO_LOW, ("2147483648", "is not below 2147483648"), (HUGE, "is not below 2147483648")]
+FROM_0 = [*NO_INT, ("-1", "-1 is not 0 or more"), (HUGE, "is not below 2147483648")]
 SEED = [*NO_INT, ("-1", "-1 is not 0 or more"), (HUGE, "is not below 9223372036854775808")]
 RATE = [
     *((value, f"invalid float value: '{value}'") for value in ("", "text", "0x10", "1,5")),
@@ -75,9 +76,7 @@ FLAGS = {
         **dict.fromkeys(("learning_rate", "min_lr", "weight_decay", "grad_clip"), RATE),
         "block_size": [*NO_INT, *TOO_LOW, ("8193", "is not below 8193"), (HUGE, "is not below 8193")],
         "dropout": [*RATE[:9], ("1", "1 is not below 1"), ("inf", "inf is not below 1")],
-        **dict.fromkeys(
-            ("patience", "warmup_iters"), [*NO_INT, ("-1", "-1 is not 0 or more"), (HUGE, "is not below 2147483648")]
-        ),
+        **dict.fromkeys(("patience", "warmup_iters"), FROM_0),
         "seed": SEED,
         "resume": ON_OFF,
         **dict.fromkeys(("optimizer", "dtype", "compile"), CHOICE),
