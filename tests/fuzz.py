@@ -5,6 +5,7 @@ came of it and the seconds. With FIRST and COUNT, as many mutations of the files
 each number. A file that takes too long ends the process, as does one that takes too much memory (on Linux).
 """
 
+import copy
 import faulthandler
 import io
 import json
@@ -85,7 +86,9 @@ def resume(path: Path) -> None:
         training.Text(folder / f"output_{name}.txt", start.vocabulary, settings.block_size) for name in ("train", "val")
     ]
     optimizer = training.Optimizer(start.model, settings)
-    run = training.Run(settings, start.model, start.vocabulary, *texts, optimizer, training.Record())
+    run = training.Run(
+        settings, start.model, copy.deepcopy(start.model), start.vocabulary, *texts, optimizer, training.Record()
+    )
     run = training.restore(run, start.state)
     settings = training.Settings(**{**vars(settings), "max_iters": run.record.step + 1})
     training.train(run._replace(settings=settings), training.Interruption())

@@ -1,5 +1,6 @@
 """training.py: rows drawn from any text, a recipe that learns, and runs that can be stopped, resumed and trusted."""
 
+import copy
 import errno
 import io
 import math
@@ -223,12 +224,12 @@ def test_muon_equals_torchs_on_the_joined_heads_of_a_layer(monkeypatch):
     for _ in range(3):
         for parameter in model.parameters():
             parameter.grad = torch.randn_like(parameter)
-        for copy, parts in zip(joined, matrices):
-            copy.grad = torch.cat([part.grad for part in parts])
+        for whole, parts in zip(joined, matrices):
+            whole.grad = torch.cat([part.grad for part in parts])
         ours.step()
         theirs.step()
-    for copy, parts in zip(joined, matrices):
-        torch.testing.assert_close(torch.cat(parts), copy, atol=2e-3, rtol=0)  # of updates of up to 3e-2
+    for whole, parts in zip(joined, matrices):
+        torch.testing.assert_close(torch.cat(parts), whole, atol=2e-3, rtol=0)  # of updates of up to 3e-2
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (2, 32, 8), (2, 8, 32)])
@@ -262,7 +263,8 @@ def new_run(folder: Path, *flags) -> training.Run:
     torch.manual_seed(settings.seed)
     model, vocabulary = training.starting_model(settings, None)
     texts = [training.Text(folder / f"output_{name}.txt", vocabulary, 8) for name in ("train", "val")]
-    return training.Run(settings, model, vocabulary, *texts, training.Optimizer(model, settings), training.Record())
+    optimizer = training.Optimizer(model, settings)
+    return training.Run(settings, model, copy.deepcopy(model), vocabulary, *texts, optimizer, training.Record())
 
 
 def train_until(run: training.Run, step: int) -> None:
