@@ -1105,4 +1105,4 @@ def test_the_three_commands_lead_from_text_to_an_answer(tmp_path, run_script):
     assert chat.returncode == 0, chat.stderr
     completions = chat.stdout.split("Completion:\n")[1:]
     assert len(completions) == 2 and completions[0].startswith("Plain") and completions[1].startswith("Привет")
-    assert len(completions[0].partition("\nPrompt")[0]) == len("Plain") + 12
+    assert len(completions[0].removesuffix("\n")) == len("Plain") + 12
