@@ -661,7 +661,7 @@ SPOILT = [
     (lambda content: content["weights"].update({"ln_f.bias": torch.zeros(1).expand(2**40)}), "not a model file"),
     (
         lambda content: content["weights"].update({"ln_f.bias": torch.zeros(1).expand(2**62, 1)}),
-        "'ln_f.bias' in it is no",
+        "it holds more numbers",
     ),
     (
         lambda content: content["weights"].update({"ln_f.bias": torch.zeros(24, dtype=int)}),
