@@ -557,8 +557,10 @@ def build_model(
     except Exception as error:  # parts that are missing, of the wrong type or of the wrong shape
         if is_out_of_memory(error):
             raise
+        reason = f" ({error})" if isinstance(error, ValueError) else ""  # the others speak to programmers
         raise ModelFileError(
-            f"{path}: not a GPTLanguageModel: weights, shape and vocabulary do not fit; train one with training.py"
+            f"{path}: not a GPTLanguageModel: weights, shape and vocabulary do not fit{reason}; "
+            "train one with training.py"
         ) from error
     for name, weight in weights.items():
         if not (weight.abs() <= MAX_WEIGHT).all():
