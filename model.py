@@ -803,8 +803,9 @@ def choose_device(parser: argparse.ArgumentParser, name: str | None) -> torch.de
     try:
         probe = torch.zeros(1, device=name)
         probe.item()  # fails for devices that only have shapes, such as "meta"
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
-        parser.error(f"argument -device: there is no device {name!r} here")
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        reason = f"the memory of {name!r} is full" if is_out_of_memory(error) else f"there is no device {name!r} here"
+        parser.error(f"argument -device: {reason}")
     if probe.is_cuda:
         torch.cuda.set_device(probe.device)
         torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32

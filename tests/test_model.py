@@ -33,8 +33,11 @@ from model import (
     Vocabulary,
     atomic_write,
     attention,
+    bounded,
+    choose_device,
     is_out_of_memory,
     load_model,
+    make_parser,
     name_file_in_errors,
     read_model_file,
     save_model,
@@ -560,6 +563,17 @@ def test_real_errors_of_memory_are_seen_as_such(make):
     assert is_out_of_memory(caught.value)
 
 
+def test_a_device_whose_memory_is_full_is_not_called_missing(monkeypatch, capsys):
+    def fail(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "zeros", fail)
+    parser, _ = make_parser("A script.")
+    with pytest.raises(SystemExit):
+        choose_device(parser, "cuda")
+    assert capsys.readouterr().err.endswith("argument -device: the memory of 'cuda' is full\n")
+
+
 @pytest.mark.parametrize("error", OUT_OF_MEMORY[:4], ids=repr)
 @pytest.mark.parametrize("place", ["torch.load", "model.GPTLanguageModel"])
 def test_a_good_model_that_does_not_fit_into_memory_is_not_called_damaged(saved, monkeypatch, error, place):
@@ -702,6 +716,40 @@ def assert_cuts_are_refused(path: Path, step: int) -> int:
 
 def test_a_model_cut_short_is_refused(saved):
     assert assert_cuts_are_refused(saved, step=1999) > 100
+
+
+# The command line ----------------------------------------------------------------------------------------------------
+
+
+def test_help_shows_each_flag_once_with_what_it_takes_and_its_real_default(capsys):
+    parser, flag = make_parser("A script.")
+    flag("batch_size", type=bounded(int, 1), default=32, help="rows")
+    flag("rate", type=bounded(float, 0), help="speed")
+    flag("model", type=Path, default=Path("m.pkl"), help="a file")
+    flag("data_dir", type=Path, help="a folder")
+    flag("prompt", help="a text")
+    flag("device", metavar="NAME", help="where")
+    flag("dtype", choices=("a", "b"), default="b", help="kind")
+    flag("resume", action="store_true", help="go on")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["-h"])
+    lines = [re.sub(" +", " ", line).strip() for line in capsys.readouterr().out.splitlines()]
+    assert lines[4:] == [
+        "-batch_size N rows (default: 32)",
+        "-rate X speed",
+        "-model FILE a file (default: m.pkl)",
+        "-data_dir FOLDER a folder",
+        "-prompt TEXT a text",
+        "-device NAME where",
+        "-dtype {a,b} kind (default: b)",
+        "-resume go on",
+    ]
+    for arguments in (["-batch_size", "4", "-resume"], ["--batch_size=4", "--resume"]):
+        args = parser.parse_args(arguments)
+        assert vars(args).keys() == {"batch_size", "rate", "model", "data_dir", "prompt", "device", "dtype", "resume"}
+        assert (args.batch_size, args.resume, args.rate, args.dtype) == (4, True, None, "b")
+    saved = argparse.Namespace(**{**vars(args), "batch_size": 7})  # settings of an earlier run go before the defaults
+    assert parser.parse_args(["--dtype", "a"], saved).batch_size == 7
 
 
 # The tutorial's own files --------------------------------------------------------------------------------------------
