@@ -66,7 +66,7 @@ def capture(model: GPTLanguageModel, caches: list[Cache], args: argparse.Namespa
     """Let a GPU do all the work of a token at a single call, not wait for Python to ask for one operation at a time."""
     print("compiling the model, which takes up to a minute ...", file=sys.stderr)
     try:
-        model.compile(mode="reduce-overhead", fullgraph=True)
+        model.decode = torch.compile(model.decode, mode="reduce-overhead", fullgraph=True)
         model.generate(torch.zeros(args.batch_size, 1, dtype=torch.long, device=args.device), 4, caches=caches)
     except Exception as error:  # no compiler, or one of many things that it can't do
         torch.compiler.set_stance("force_eager")
