@@ -192,6 +192,8 @@ def compile_model(model: GPTLanguageModel, batch: tuple, settings: Settings) -> 
             _, loss = forward(inputs, targets)
         loss.backward()
     except Exception as error:  # no compiler, or one of many things that it can't do
+        if is_out_of_memory(error):
+            raise
         print(f"-compile on: can't be done here, training goes on without: {first_line(error)}", file=sys.stderr)
         return model
     show(f"compiled    in {time.monotonic() - started:.0f} s")
