@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 
 import pytest
 import torch
-from conftest import TINY, assert_fails, metrics, write_texts
+from conftest import TINY, assert_fails, metrics
 from steps import Steps, new_run, settings_with
 from torch.utils._python_dispatch import TorchDispatchMode
 
