@@ -196,6 +196,8 @@ def compile_model(model: GPTLanguageModel, batch: tuple, settings: Settings) -> 
             _, loss = forward(inputs, targets)
         loss.backward()
     except Exception as error:  # no compiler, or one of many things that it can't do
+        if is_out_of_memory(error):
+            raise
         print(f"-compile on: can't be done here, training goes on without: {first_line(error)}", file=sys.stderr)
         return model
     show(f"compiled    in {time.monotonic() - started:.0f} s")
@@ -443,11 +445,17 @@ class Optimizer:
         for part in self.parts:
             self.scaler.unscale_(part)
         parameters = [parameter for group in groups for parameter in group["params"]]
-        torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
+        if self.scaler.is_enabled():
+            # A gradient that overflowed in float16 has spoilt the norm, and clipping by it the gradients of both parts.
+            # So neither part gets any in this step. scaler.step would skip only one, and make Python wait for a GPU.
+            overflowed = ~norm.isfinite()
+            for parameter in parameters:
+                parameter.grad.masked_fill_(overflowed, 0.0)
         for group in groups:
             group["lr"] = learning_rate * group.get("share", 1.0)
         for part in self.parts:
-            self.scaler.step(part)
+            part.step()
         self.scaler.update()
 
     def state(self) -> dict:

@@ -1,6 +1,5 @@
 """training.py: rows drawn from any text, a recipe that learns, and runs that can be stopped, resumed and trusted."""
 
-import copy
 import errno
 import io
 import math
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import steps
 import torch
 from conftest import TINY, assert_fails, metrics, posix, put, read_folder, signals, wait_until_shown, write_texts
 
@@ -259,18 +259,13 @@ def test_a_clip_of_0_clips_nothing(train, texts):
 
 
 def new_run(folder: Path, *flags) -> training.Run:
-    settings = args("-data_dir", folder, "-model", folder / "model-01.pkl", *flags)
-    torch.manual_seed(settings.seed)
-    model, vocabulary = training.starting_model(settings, None)
-    texts = [training.Text(folder / f"output_{name}.txt", vocabulary, 8) for name in ("train", "val")]
-    optimizer = training.Optimizer(model, settings)
-    return training.Run(settings, model, copy.deepcopy(model), vocabulary, *texts, optimizer, training.Record())
+    """Return a run on the texts in this folder, at its beginning."""
+    return steps.new_run(args("-data_dir", folder, "-model", folder / "model-01.pkl", *flags))
 
 
 def train_until(run: training.Run, step: int) -> None:
     """Go on with a run to this step, in this process."""
-    settings = args("-data_dir", run.settings.data_dir, "-model", run.settings.model, "-max_iters", step)
-    settings = training.Settings(**{**vars(run.settings), "max_iters": settings.max_iters})
+    settings = training.Settings(**{**vars(run.settings), "max_iters": step})
     training.train(run._replace(settings=settings), training.Interruption())
 
 
