@@ -75,6 +75,7 @@ def read_prompt_file(path: Path) -> str:
 def encode_prompt(prompt: str, vocabulary: Vocabulary) -> list[int]:
     """Return the ids of a prompt; characters that the model does not know become U+FFFD or nothing, with a notice."""
     unknown = sorted(set(prompt) - set(vocabulary.characters))
+    # U+FFFD is what data_extract.py makes of rare characters, so the model has learnt what goes with one.
     substitute = REPLACEMENT if REPLACEMENT in vocabulary.ids else ""
     if unknown:
         names = " ".join(repr(character) for character in unknown)
@@ -121,8 +122,9 @@ def surprises(model: GPTLanguageModel, ids: list[int]) -> list[float]:
         start = max(0, done - max(1, model.block_size // 2))
         window = torch.tensor(ids[start : start + model.block_size + 1], device=device)
         logits, _ = model(window[None, :-1])
-        nats = F.cross_entropy(logits[0].float(), window[1:], reduction="none")
-        bits += (nats / math.log(2))[done - start - 1 :].tolist()  # the others are known from the window before
+        nats = F.cross_entropy(logits[0].float(), window[1:], reduction="none")  # of window[1], window[2], ...
+        new = nats[done - start - 1 :]  # the others are known from the window before
+        bits += (new / math.log(2)).tolist()
         done = start + len(window)
     return bits
 
@@ -132,13 +134,14 @@ def coloured(text: str, bits: list[float]) -> str:
     parts = [text[0]]
     for character, surprise in zip(text[1:], bits):
         colour = next((colour for limit, colour in COLOURS.items() if surprise <= limit), RED)
-        parts.append(f"\033[38;5;{colour}m{character}")
+        parts.append(f"\033[38;5;{colour}m{character}")  # "38;5" selects one of 256 colours, "0" none
     return "".join(parts) + "\033[0m"
 
 
 def show_surprises(model: GPTLanguageModel, text: str, ids: list[int], prompt_length: int) -> None:
     """Show a text in colours, where it can have any, and the mean surprise of the prompt and of the rest."""
     bits = surprises(model, ids)
+    # IDLE says that it is a terminal, but shows the codes of colours as they are; it has no TextIOWrapper.
     is_terminal = isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.isatty()
     if is_terminal and os.name == "nt":
         os.system("")  # makes a Windows console understand colours
@@ -157,6 +160,7 @@ def answer(
     ids = encode_prompt(prompt, vocabulary)
     index = torch.tensor([ids], device=args.device).expand(args.batch_size, -1)
     if args.batch_size > 1 or args.show:
+        # Several texts can't grow side by side in a terminal, and bits are counted once a text is whole.
         for number, row in enumerate(model.generate(index, args.max_new_tokens, **sampling).tolist(), start=1):
             completion = vocabulary.decode(row[len(ids) :])
             if args.stop:
@@ -203,7 +207,7 @@ def capture(model: GPTLanguageModel, caches: list[Cache], args: argparse.Namespa
         model.decode = torch.compile(model.decode, mode="reduce-overhead", fullgraph=True)
         model.generate(torch.zeros(args.batch_size, 1, dtype=torch.long, device=args.device), 4, caches=caches)
     except Exception as error:  # no compiler, or one of many things that it can't do
-        torch.compiler.set_stance("force_eager")
+        torch.compiler.set_stance("force_eager")  # or torch would try again for every token
         print(f"can't be done here, answers take longer: {first_line(error)}", file=sys.stderr)
 
 
@@ -240,6 +244,7 @@ def run(args: argparse.Namespace) -> int:
     """Load the model and answer. Returns the exit status; raises OSError and ModelFileError."""
     given = Vocabulary.from_file(args.vocab) if args.vocab else None
     model, vocabulary = load_model(args.model, args.device, given)
+    # Only the model file tells how many characters there are, so the parser can't check this.
     if args.top_k and args.top_k > len(vocabulary):
         print(f"chatbot.py: argument -top_k: the model knows only {len(vocabulary)} characters", file=sys.stderr)
         return 2
@@ -278,11 +283,12 @@ def main() -> int:
     except ModelFileError as error:
         message = str(error)
     except OSError as error:
-        if not error.filename:
+        if not error.filename:  # all that is foreseen names a file, so this is a fault of the program
             raise
         if error.filename == STDOUT:
-            sys.stdout = None  # or Python would try to write to it once more
-            if error.errno in (errno.EPIPE, errno.EINVAL):  # a reader such as `head` has seen enough; EINVAL on Windows
+            sys.stdout = None  # or Python would try to write to it once more at exit, and complain
+            # A reader such as `head` has seen enough and closed the pipe, for which Windows says EINVAL.
+            if error.errno in (errno.EPIPE, errno.EINVAL):
                 return 0
         message = f"{error.filename}: {error.strerror}"
         if error.filename == str(args.model) and isinstance(error, FileNotFoundError):

@@ -31,19 +31,19 @@ from torch.nn import functional as F
 # Every head keeps a mask of block_size² bytes: 64 MiB at this size, 1 GiB in the 16 heads of the default model.
 MAX_BLOCK_SIZE = 2**13
 REPLACEMENT = "\ufffd"  # stands for characters that are rare or invalid in the training text
-MAX_WEIGHT = 1000.0  # numbers inside the model may become infinite above it; trained weights are about 1
+MAX_WEIGHT = 1000.0  # larger weights may overflow inside the model; trained weights are about 1
 
 
 def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor, dropout: nn.Module
 ) -> torch.Tensor:
-    """Return for each query the mean of the values, weighted by how well their keys match the query.
+    """Return a mean of the values for each query, weighted by how well their keys match it.
 
     Queries (..., T, D), keys and values (..., S, D); `visible` (T, S) is True where a query may look -> (..., T, D).
     Vaswani et al. 2017, "Attention Is All You Need", section 3.2.1.
     """
     head_size = q.shape[-1]
-    # Divided by √D, or the scores of large heads would be so large that softmax gives all weight to one key.
+    # Without the division by √D, scores would grow with the head size, and softmax would give one key all the weight.
     scores = (q * head_size**-0.5) @ k.transpose(-2, -1)  # (..., T, S)
     scores = scores.masked_fill(~visible, -math.inf)  # which softmax turns into a weight of 0
     weights = F.softmax(scores, dim=-1)  # each query's weights add up to 1
@@ -59,7 +59,7 @@ class Head(nn.Module):
         self.key = Linear(n_embd, head_size, bias=False)
         self.query = Linear(n_embd, head_size, bias=False)
         self.value = Linear(n_embd, head_size, bias=False)
-        # Row t is True up to column t: no step sees the future. Not persistent: a file has no need of it.
+        # Row t is True up to column t: no step sees the future. Not persistent, since a file does not need it.
         tril = torch.ones(block_size, block_size, dtype=torch.bool).tril()
         self.register_buffer("tril", tril, persistent=False)
         self.dropout = Dropout(dropout)
@@ -217,17 +217,17 @@ class GPTLanguageModel(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def prefill(self, index: torch.Tensor, caches: list[Cache]) -> torch.Tensor:
-        """Read the beginning of a text, token ids (B, T), into empty caches -> logits (B, V) of the token to come."""
+        """Read the beginning of a text, ids (B, T), and forget an earlier one -> logits (B, V) of the next token."""
         for cache in caches:
             cache.length.zero_()
         return self._read(index, caches)
 
     def decode(self, token: torch.Tensor, caches: list[Cache]) -> torch.Tensor:
-        """Read one more token (B, 1) of the text in the caches -> logits (B, V) of the token to come."""
+        """Read one more token (B, 1) of the text in the caches -> logits (B, V) of the next token."""
         return self._read(token, caches)
 
     def _read(self, index: torch.Tensor, caches: list[Cache]) -> torch.Tensor:
-        """Do what `forward` does, for token ids (B, T) that follow those in the caches -> logits (B, V) of the last."""
+        """Do what `forward` does for ids (B, T) that follow those in the caches -> logits (B, V) of the last one."""
         positions = caches[0].next_positions(index.shape[1])
         x = self.token_embedding_table(index) + self.position_embedding_table(positions)
         for block, cache in zip(self.blocks, caches):
@@ -258,9 +258,9 @@ class GPTLanguageModel(nn.Module):
         `top_k` leaves only the k likeliest to choose from; `banned_ids` are never chosen. `caches` are those of an
         earlier call, to be used again. Raises ValueError for bad arguments or ids.
 
-        While the text fits into `block_size`, this gives exactly what `forward` would. A cache can't slide, since each
-        position has its own embedding; so when the window is full, it starts anew from its second half, and the model
-        sees the latest half to whole `block_size` tokens. On held-out text that cost less than 0.01 nats per character.
+        While the text fits into `block_size`, the result is the same as with `forward`. A cache can't slide, since each
+        position has its own embedding. So a full window starts anew from its second half: the model always sees the
+        latest half to whole `block_size` tokens. On held-out text that cost less than 0.01 nats per character.
         """
         vocab_size = self.config["vocab_size"]
         if index.shape[1] == 0 or index.min() < 0 or index.max() >= vocab_size:
@@ -307,8 +307,8 @@ def sample(
         values, ids = logits.topk(top_k)
         logits = torch.full_like(logits, -math.inf).scatter(1, ids, values)
     probabilities = F.softmax(logits, dim=-1)
-    # What torch.multinomial does, less its checks, for which Python would have to wait for a GPU: dividing by
-    # exponentially distributed numbers makes each token the largest as often as its probability says.
+    # Divided by exponentially distributed noise, each token is the largest as often as its probability says. This is
+    # torch.multinomial without its checks, for which Python would have to wait for the GPU.
     noise = torch.empty_like(probabilities).exponential_(generator=generator)
     return (probabilities / noise).argmax(dim=-1, keepdim=True)
 
@@ -326,8 +326,8 @@ class Cache(nn.Module):
     def __init__(self, attention: MultiHeadAttention, batch_size: int):
         super().__init__()
         weight = attention.joined_weight().detach()  # joined once here and not for every token
-        # A GPU is to do the same work for every token, whatever the length, so that it can be recorded and replayed.
-        # A CPU is faster if only the filled part is looked at, and 4 times as fast for a single query in float32.
+        # On a GPU the work is the same for every token, whatever the length, so that it can be recorded and replayed.
+        # A CPU is faster if it reads only the filled part, and in float32, 4 times as fast for a single query.
         self.static = weight.is_cuda
         dtype = weight.dtype if self.static else torch.float32
         head = attention.heads[0]
@@ -500,7 +500,7 @@ def name_file_in_errors(name: str | Path) -> Iterator[None]:
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """Give a new binary file that replaces `path` when the block has succeeded and all of it is on the disk.
 
-    Until then, what stood at `path` stays as it was. Of a symbolic link the target is replaced. Raises OSError.
+    Until then, what stood at `path` stays as it was. If it is a symbolic link, its target is replaced. Raises OSError.
     """
     target = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
     temporary = Path(f"{target}.tmp")  # in the same folder, since only there a rename is atomic
@@ -557,8 +557,10 @@ def build_model(
     except Exception as error:  # parts that are missing, of the wrong type or of the wrong shape
         if is_out_of_memory(error):
             raise
+        reason = f" ({error})" if isinstance(error, ValueError) else ""  # the others speak to programmers
         raise ModelFileError(
-            f"{path}: not a GPTLanguageModel: weights, shape and vocabulary do not fit; train one with training.py"
+            f"{path}: not a GPTLanguageModel: weights, shape and vocabulary do not fit{reason}; "
+            "train one with training.py"
         ) from error
     for name, weight in weights.items():
         if not (weight.abs() <= MAX_WEIGHT).all():
@@ -581,7 +583,7 @@ def shape_of(weights: dict[str, torch.Tensor]) -> dict[str, int]:
     layers = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
     heads = {name.split(".")[4] for name in weights if name.startswith("blocks.0.sa.heads.")}
     if len(weights) != 6 + len(layers) * (10 + 3 * len(heads)):
-        raise ValueError("some weights are missing, so it is of no use to build a model for them")
+        raise ValueError("weights are missing or left over")
     return {
         "vocab_size": vocab_size,
         "n_embd": n_embd,
@@ -593,19 +595,18 @@ def shape_of(weights: dict[str, torch.Tensor]) -> dict[str, int]:
 
 # Reading a model file without running it -----------------------------------------------------------------------------
 #
-# A pickle may call any function when it is read. Here, a name in a file is looked up in a short list of what data is
-# made with, or gets a StandIn, or the file is refused; Python's own look-up by name is never reached.
+# A pickle may name any function to be called while it is read. So each name in a file is either in a short list of
+# functions that make plain data, or replaced by a StandIn that does nothing, or refused. Python's own look-up of names
+# is never used, and no code from a file runs.
 
-# Classes of a model and of what may be wrapped around it, in modules of any name
-MODEL_CLASSES = ("Head", "MultiHeadAttention", "FeedForward", "FeedFoward", "Block", "GPTLanguageModel")
-MODEL_CLASSES += ("Linear", "Dropout")
-# Beginnings of names that models and checkpoints hold beside their weights
-HARMLESS = ("torch.", "numpy.", "argparse.Namespace", "pathlib.")
-# Where checkpoints keep the weights
-WEIGHT_KEYS = ("weights", "model", "model_state_dict", "state_dict")
-
-
-LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # what torch.save wrote before version 1.6
+# Classes of models, in modules of any name; the tutorial spells one of them FeedFoward
+MODEL_CLASSES = (
+    *("Head", "MultiHeadAttention", "FeedForward", "FeedFoward", "Block", "GPTLanguageModel"),
+    *("Linear", "Dropout"),
+)
+HARMLESS = ("torch.", "numpy.", "argparse.Namespace", "pathlib.")  # what models and checkpoints hold beside weights
+WEIGHT_KEYS = ("weights", "model", "model_state_dict", "state_dict")  # where checkpoints hold the weights
+OLD_FORMAT = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the beginning of what torch.save wrote before version 1.6
 
 
 class UnreadableError(ValueError):
@@ -613,7 +614,7 @@ class UnreadableError(ValueError):
 
 
 class StandIn:
-    """Take the place of any class or function; keep the attributes of a module and do nothing else."""
+    """Takes the place of any class or function, keeps the attributes of a module, and does nothing else."""
 
     def __init__(self, *_):
         self.attributes = {}
@@ -640,7 +641,7 @@ def read_model_file(path: str | Path) -> dict:
 
 
 def unreadable_because(data: bytes) -> str:
-    """Return why a file that can't be read is no model file, as far as its bytes tell, and what to do."""
+    """Return what is wrong with a file that can't be read, judged by its bytes, and what to do."""
     if not data:
         return "not a model file: it is empty; copy or download it again, or train one with training.py"
     if data[8:10] == b'{"':
@@ -654,19 +655,19 @@ def unreadable_because(data: bytes) -> str:
 
 def unpickle(data: bytes):
     """Return the content of a file of `torch.save` or `pickle.dump`. Raises one of many exceptions for other files."""
-    if data.startswith(LEGACY_START):
+    if data.startswith(OLD_FORMAT):
         return load_with_torch(data)
     if not data.startswith(b"PK"):
         return DataUnpickler(io.BytesIO(data)).load()
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         entries = archive.infolist()
-        # torch.save never compresses; a compressed member could unpack to a thousand times its size.
+        # torch.save never compresses, and a compressed member could unpack to a thousand times its size.
         if any(entry.compress_type for entry in entries) or sum(entry.file_size for entry in entries) > len(data):
             raise ValueError("members that take more memory than the file")
-        if archive.testzip() is not None:  # torch.load does not look at the check sums
+        if archive.testzip() is not None:  # torch.load ignores the check sums
             raise ValueError("a member is damaged")
     names = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data))
-    with torch.serialization.safe_globals([(stand_in(name), name) for name in names]):
+    with torch.serialization.safe_globals([(stand_in(name), name) for name in sorted(names)]):
         return load_with_torch(data)
 
 
@@ -721,27 +722,29 @@ def find_weights(content, size: int) -> dict[str, torch.Tensor]:
         content = next((content[key] for key in WEIGHT_KEYS if key in content), content)
     if isinstance(content, StandIn):
         content = module_weights(content)
+    named = dict(content) if isinstance(content, dict) else {}
     weights = {}
-    for name, weight in dict(content if isinstance(content, dict) else {}).items():
-        # torch.compile and DistributedDataParallel wrap a module in another, whose name shows in those of the weights.
+    for name, weight in named.items():
+        # torch.compile and DistributedDataParallel wrap a module in another, whose name is then part of the names.
         parts = [part for part in str(name).split(".") if part not in ("_orig_mod", "module")]
         if parts[-1:] != ["tril"]:  # the tutorial saves its masks with the weights
             weights[".".join(parts)] = weight
     if "token_embedding_table.weight" not in weights:
         others = f" but {next(iter(weights))[:80]!a}" if weights else ""
         raise UnreadableError(f"it holds no weights of a GPTLanguageModel{others}; train one with training.py")
+    total = 0
     for name, weight in weights.items():
-        is_plain = isinstance(weight, torch.Tensor) and weight.layout == torch.strided and weight.is_floating_point()
-        if not is_plain or weight.numel() * weight.element_size() > size:
+        if not (isinstance(weight, torch.Tensor) and weight.layout == torch.strided and weight.is_floating_point()):
             raise UnreadableError(f"{name[:80]!a} in it is no weight; train one with training.py")
+        total += weight.numel() * weight.element_size()
+        if total > size:  # one number can stand for 2^40 of them
+            raise UnreadableError("it holds more numbers than it has room for; train one with training.py")
         weights[name] = torch.empty(weight.shape).copy_(weight.detach())
     return weights
 
 
 def module_weights(module: StandIn, prefix: str = "") -> dict[str, torch.Tensor]:
     """Return the weights of a whole module by their names. Raises one of many exceptions for anything else."""
-    if len(prefix) > 100:
-        raise ValueError("modules that are nested deeper than a model's")
     parameters = module.attributes.get("_parameters", {})
     weights = {prefix + name: weight for name, weight in parameters.items() if weight is not None}
     for name, child in module.attributes.get("_modules", {}).items():
@@ -800,8 +803,9 @@ def choose_device(parser: argparse.ArgumentParser, name: str | None) -> torch.de
     try:
         probe = torch.zeros(1, device=name)
         probe.item()  # fails for devices that only have shapes, such as "meta"
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
-        parser.error(f"argument -device: there is no device {name!r} here")
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        reason = f"the memory of {name!r} is full" if is_out_of_memory(error) else f"there is no device {name!r} here"
+        parser.error(f"argument -device: {reason}")
     if probe.is_cuda:
         torch.cuda.set_device(probe.device)
         torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32

@@ -15,6 +15,7 @@ Beside the best model a run keeps `model-01.state.pkl`, from which `-resume` goe
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import math
 import mmap
@@ -68,6 +69,7 @@ TRAIN_ROWS, EVAL_ROWS, DROPOUT = range(3)
 LEARNING_RATES = {"adamw": 3e-3, "muon": 0.02}
 ADAMW_SHARE_BESIDE_MUON = 0.075  # of Muon's learning rate
 ADAMW_AVERAGING_TOKENS = 80_000  # over which AdamW averages the square of a gradient
+AVERAGED_SHARE = 0.05  # of the run's steps, over which weights are averaged
 PLATEAU_EVALUATIONS = 5  # without a better one, after which the run says so
 CHUNK = 2**24  # bytes of text looked at in one go
 STATE_VERSION = 2  # of the state files; others can't be resumed
@@ -81,10 +83,11 @@ class TrainingError(Exception):
 
 
 class Run(NamedTuple):
-    """All that a run is made of. The loop changes the model, the optimizer and the record."""
+    """All that a run is made of. The loop changes the models, the optimizer and the record."""
 
     settings: Settings
     model: GPTLanguageModel
+    average: GPTLanguageModel  # its weights, averaged over the last steps: what is evaluated and kept
     vocabulary: Vocabulary
     train_text: Text
     val_text: Text
@@ -122,6 +125,7 @@ def train(run: Run, interruption: Interruption) -> None:
 
             # 3. Step: move the weights against their gradients.
             optimizer.step(learning_rate_at(record.step, settings), settings.grad_clip)
+            update_average(run.average, model, settings.max_iters)
             record.step += 1
             record.seconds = time.monotonic() - started
 
@@ -132,7 +136,7 @@ def train(run: Run, interruption: Interruption) -> None:
             # 5. Evaluate, and keep the model if it is the best so far.
             is_evaluated = record.step % settings.eval_interval == 0 or record.step == settings.max_iters
             if is_evaluated:
-                train_loss, val_loss = evaluate(model, evaluation, settings)
+                train_loss, val_loss = evaluate(run.average, evaluation, settings)
                 is_best = record.add(train_loss, check_loss(val_loss, run), settings)
                 if RANK == 0:
                     save_evaluation(run, is_best)
@@ -192,6 +196,8 @@ def compile_model(model: GPTLanguageModel, batch: tuple, settings: Settings) -> 
             _, loss = forward(inputs, targets)
         loss.backward()
     except Exception as error:  # no compiler, or one of many things that it can't do
+        if is_out_of_memory(error):
+            raise
         print(f"-compile on: can't be done here, training goes on without: {first_line(error)}", file=sys.stderr)
         return model
     show(f"compiled    in {time.monotonic() - started:.0f} s")
@@ -344,6 +350,18 @@ def adamw_beta2(tokens_per_step: int) -> float:
     return min(max(0.95, 1 - tokens_per_step / ADAMW_AVERAGING_TOKENS), 0.999)
 
 
+@torch.no_grad()
+def update_average(average: GPTLanguageModel, model: GPTLanguageModel, max_iters: int) -> None:
+    """Move the averaged weights towards the model's, so that they follow its last few per cent of the run.
+
+    Each step leaves the weights a little to one side of where they are going, another one each time. In the average
+    that cancels out.
+    """
+    share = min(1.0, 1 / (AVERAGED_SHARE * max_iters))
+    for averaged, weight in zip(average.parameters(), model.parameters()):
+        averaged.lerp_(weight, share)
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalized: each update moves a matrix equally far in all directions, frequent and rare ones.
 
@@ -427,11 +445,17 @@ class Optimizer:
         for part in self.parts:
             self.scaler.unscale_(part)
         parameters = [parameter for group in groups for parameter in group["params"]]
-        torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
+        if self.scaler.is_enabled():
+            # A gradient that overflowed in float16 has spoilt the norm, and clipping by it the gradients of both parts.
+            # So neither part gets any in this step. scaler.step would skip only one, and make Python wait for a GPU.
+            overflowed = ~norm.isfinite()
+            for parameter in parameters:
+                parameter.grad.masked_fill_(overflowed, 0.0)
         for group in groups:
             group["lr"] = learning_rate * group.get("share", 1.0)
         for part in self.parts:
-            self.scaler.step(part)
+            part.step()
         self.scaler.update()
 
     def state(self) -> dict:
@@ -577,7 +601,7 @@ def describe_evaluation(run: Run, is_best: bool) -> str:
     saved = f", saved {run.settings.model}" if is_best else ""
     _, train_loss, val_loss, *_ = record.metrics[-1]
     lines = [f"step {record.step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}{saved}"]
-    lines += [f"    {line}" for line in sample_lines(run.model, run.vocabulary, run.settings)]
+    lines += [f"    {line}" for line in sample_lines(run.average, run.vocabulary, run.settings)]
     if record.evaluations_since_best == PLATEAU_EVALUATIONS:
         lines.append(
             f"the validation loss has been above that of step {record.best_step} for {PLATEAU_EVALUATIONS} "
@@ -636,7 +660,7 @@ def save_evaluation(run: Run, is_best: bool) -> None:
     """Save the model if it is the best so far, the metrics and the plot. Raises OSError."""
     settings = run.settings
     if is_best:
-        save_model(settings.model, run.model, run.vocabulary)
+        save_model(settings.model, run.average, run.vocabulary)
     save_metrics(sibling(settings.model, ".metrics.csv"), run.record)
     if settings.plot and has_matplotlib():
         draw_losses(settings.plot, settings.model.name.removesuffix(".pkl"), run.record)
@@ -683,6 +707,7 @@ def save_state(run: Run) -> None:
         "fast_dtype": name_of(default_dtype(settings.device)),
         "texts": [run.train_text.fingerprint(), run.val_text.fingerprint()],
         "record": asdict(run.record),
+        "average": run.average.state_dict(),
         "optimizer": run.optimizer.state(),
     }
     save_model(sibling(settings.model, ".state.pkl"), run.model, run.vocabulary, training=state)
@@ -698,6 +723,7 @@ def restore(run: Run, state: dict) -> Run:
     try:
         record = checked_record(state["record"])
         run.optimizer.restore(state["optimizer"])
+        run.average.load_state_dict(state["average"])
         fingerprints, fast_dtype = state["texts"], state["fast_dtype"]
     except Exception as error:  # parts that are missing, of the wrong type or of the wrong shape
         raise ModelFileError(f"{source}: does not hold a run to go on with") from error
@@ -1184,7 +1210,8 @@ def run_training(settings: Settings, start: Start | None, interruption: Interrup
     model.to(settings.device)
     train_text = Text(settings.data_dir / "output_train.txt", vocabulary, settings.block_size)
     val_text = Text(settings.data_dir / "output_val.txt", vocabulary, settings.block_size)
-    run = Run(settings, model, vocabulary, train_text, val_text, Optimizer(model, settings), Record())
+    optimizer = Optimizer(model, settings)
+    run = Run(settings, model, copy.deepcopy(model), vocabulary, train_text, val_text, optimizer, Record())
     describe(run)
     if settings.resume:
         run = restore(run, start.state)
@@ -1201,7 +1228,7 @@ def run_training(settings: Settings, start: Start | None, interruption: Interrup
         return 128 + interruption.signal
     if RANK == 0:
         if not settings.model.exists():  # it was deleted, and the run was at its end already
-            save_model(settings.model, model, vocabulary)
+            save_model(settings.model, run.average, vocabulary)
         describe_end(run)
     return 0
 

@@ -1,13 +1,15 @@
-"""Measure speed against the plain form in reference.py and against what the machine can do at best.
+"""Measure speed against the plain form in reference.py, or nanoGPT, and against what the machine can do at best.
 
-    python tests/benchmark.py              all quick rows, one table, in a few minutes
-    python tests/benchmark.py -only step   one row
+    python tests/benchmark.py                                 all quick rows in one table, in a few minutes
+    python tests/benchmark.py -only step                      one row
+    python tests/benchmark.py -only gpu                       the rows for a GPU
+    python tests/benchmark.py -only step -nanogpt ../nanoGPT  against nanoGPT, a clone of it
     python tests/benchmark.py -only learning -data_dir shakespeare    on another text
-    python tests/benchmark.py -only step -nanogpt ../nanoGPT          against nanoGPT, a clone of it
 
-Both sides of a row run in turn, A B A B ..., in this one process, so that a machine whose speed drifts still gives a
-fair ratio. Figures are medians; the ratio is the median of the pairs' ratios, with the lowest and the highest. On a
-machine with a GPU, steps and generation are measured on it (CUDA_VISIBLE_DEVICES= hides it).
+A training step is timed in `training.train`, the loop that runs in training. Both sides of a row run in turn,
+A B A B ..., in one process, so the ratio is fair even if the speed of the machine drifts. Figures are medians; the
+ratio is the median of the pairs' ratios, with the lowest and the highest. On a machine with a GPU, steps and generation
+are measured on it (CUDA_VISIBLE_DEVICES= hides it).
 """
 
 import argparse
@@ -24,7 +26,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import ModuleType
 
@@ -35,36 +37,51 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from reference import PlainGPT  # noqa: E402
+from steps import Steps, new_run, settings_with  # noqa: E402
 
+import chatbot  # noqa: E402
 import training  # noqa: E402
 from model import GPTLanguageModel, Vocabulary, default_dtype, save_model  # noqa: E402
+from training import name_of  # noqa: E402
 
 SHAPES = {
-    "default": ({"vocab_size": 100, "n_embd": 384, "block_size": 128, "dropout": 0.2}, 32),
-    "small": ({"vocab_size": 100, "n_embd": 128, "block_size": 64, "dropout": 0.0}, 12),
-    "shakespeare": ({"vocab_size": 65, "n_head": 6, "n_layer": 6, "block_size": 256}, 64),  # nanoGPT's, for a GPU
-    "large": ({"vocab_size": 100, "n_embd": 768, "n_head": 12, "n_layer": 12, "block_size": 1024, "dropout": 0.0}, 32),
+    "default": [],
+    "small": ["-batch_size=12", "-n_embd=128", "-block_size=64", "-dropout=0"],
+    # nanoGPT's, for a GPU
+    "shakespeare": ["-batch_size=64", "-n_head=6", "-n_layer=6", "-block_size=256"],
+    "large": ["-batch_size=32", "-n_embd=768", "-n_head=12", "-n_layer=12", "-block_size=1024", "-dropout=0"],
 }
-TARGET = 1.898  # which nanoGPT reaches on tiny Shakespeare in the small shape after its 2000 steps
+TARGET = 1.898  # the loss that nanoGPT ends with on tiny Shakespeare, in the small shape, after its 2000 steps
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FAST = default_dtype(DEVICE)
 nanogpt: ModuleType | None = None  # its model.py
 
 
-def seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
+def now() -> float:
+    """Return the time in seconds when all work on the GPU is done."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return time.perf_counter()
 
 
-def in_turn(ours: Callable, theirs: Callable, pairs: int) -> tuple[float, float, list[float]]:
-    """Median seconds of each side and the ratios theirs/ours of all pairs, after one run of each to warm up."""
-    ours(), theirs()
-    times = [(seconds(ours), seconds(theirs)) for _ in range(pairs)]
+def seconds(work: Callable[[], object]) -> float:
+    started = now()
+    work()
+    return now() - started
+
+
+def in_turn(ours: Callable[[], float], theirs: Callable[[], float], pairs: int) -> tuple[float, float, list[float]]:
+    """Return the median seconds of each side, and the ratios theirs/ours of all pairs. The sides time themselves."""
+    times = [(ours(), theirs()) for _ in range(pairs)]
     mine, other = (statistics.median(side) for side in zip(*times))
     return mine, other, [b / a for a, b in times]
+
+
+def work_in_turn(ours: Callable, theirs: Callable, pairs: int) -> tuple[float, float, list[float]]:
+    """Do the same for work that has to be timed, after one run of each side to warm up."""
+    ours()
+    theirs()
+    return in_turn(lambda: seconds(ours), lambda: seconds(theirs), pairs)
 
 
 def spread(ratios: list[float]) -> str:
@@ -88,23 +105,52 @@ def matmul_rate(dtype: torch.dtype) -> float:
     return max(rates)
 
 
-def our_step(shape: str, dtype: torch.dtype, optimizer: str, folder: Path) -> tuple[Callable, GPTLanguageModel]:
-    """One step of training.py: batch, forward, backward, clipping and optimizer."""
-    config, batch_size = SHAPES[shape]
-    flags = ["-batch_size", str(batch_size), "-optimizer", optimizer, "-dtype", name_of(dtype)]
-    args = training.parse_args(flags)
-    model = GPTLanguageModel(**config).to(DEVICE).train()
-    learner = training.Optimizer(model, args)
-    text = training.Text(folder / "output_train.txt", Vocabulary.from_file(folder / "vocab.txt"), config["block_size"])
-    steps = iter(range(10**9))
-    compiled = args.compile == "on"
-    forward = training.compiled(model, training.get_batch(text, 0, args), args) if compiled else model
+class Stopwatch:
+    """Takes the place of Interruption, which the loop asks before each step: times some steps and ends the loop.
 
-    def one_step():
-        step = next(steps)
-        training.train_step(forward, learner, training.get_batch(text, step, args), step, args).item()
+    The first step is not timed, since it warms up and shows the progress. On a GPU, time is taken only when all work
+    is done, so the steps between may overlap as they do in training.
+    """
 
-    return one_step, model
+    def __init__(self, steps: int):
+        self.steps = steps
+        self.calls = 0
+        self.started = self.ended = 0.0
+
+    def received_by_any(self) -> bool:
+        self.calls += 1
+        if self.calls == 2:
+            self.started = now()
+        if self.calls == self.steps + 2:
+            self.ended = now()
+        return self.calls == self.steps + 2
+
+    def seconds_per_step(self) -> float:
+        return (self.ended - self.started) / self.steps
+
+
+def begin(shape: str, dtype: torch.dtype, optimizer: str, folder: Path) -> training.Run:
+    """Return a run of this shape that is never evaluated or saved."""
+    flags = [*SHAPES[shape], f"-device={DEVICE}", f"-dtype={name_of(dtype)}", f"-optimizer={optimizer}"]
+    flags += [f"-data_dir={folder}", "-max_iters=1000000", "-eval_interval=1000000", "-save_interval=1000000"]
+    return new_run(settings_with(flags))
+
+
+def time_our_steps(run: training.Run, steps: int) -> float:
+    """Return the seconds per step of the training loop."""
+    stopwatch = Stopwatch(steps)
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        training.train(run, stopwatch)
+    return stopwatch.seconds_per_step()
+
+
+def time_their_steps(step: Callable[[], float], steps: int) -> float:
+    """Return the seconds per step of a reference, after one step that is not timed."""
+    step()
+    started = now()
+    for _ in range(steps):
+        step()
+    return (now() - started) / steps
 
 
 def load_nanogpt(folder: Path) -> ModuleType:
@@ -115,12 +161,12 @@ def load_nanogpt(folder: Path) -> ModuleType:
 
 
 def reference(config: dict) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    """The tutorial's model and optimizer, or nanoGPT's, compiled on a GPU as it is by default."""
+    """Return the tutorial's model and optimizer, or nanoGPT's, compiled on a GPU as it is by default."""
     if nanogpt is None:
         model = PlainGPT(**config).to(DEVICE)
         return model, torch.optim.AdamW(model.parameters(), lr=1e-3)
     with redirect_stdout(io.StringIO()):
-        model = nanogpt.GPT(nanogpt.GPTConfig(**{"n_layer": 4, "n_head": 4, "bias": False, **config})).to(DEVICE)
+        model = nanogpt.GPT(nanogpt.GPTConfig(**config, bias=False)).to(DEVICE)
         optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), DEVICE.type)
     if DEVICE.type == "cuda":
         model.compile()
@@ -128,129 +174,184 @@ def reference(config: dict) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
 
 
 def reference_dtype() -> torch.autocast:
-    """float32, but nanoGPT's default on a GPU."""
+    """Return a context with float32, or on a GPU, with nanoGPT's default."""
     return torch.autocast(DEVICE.type, FAST, enabled=nanogpt is not None and DEVICE.type == "cuda")
 
 
-def reference_step(shape: str) -> Callable:
-    """The same work as the tutorial and nanoGPT do it: the batch cut from encoded text in a loop."""
-    config, batch_size = SHAPES[shape]
-    block_size = config["block_size"]
+def cut_batch(data: torch.Tensor, batch_size: int, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return random rows of encoded text, cut in a loop as the tutorial and nanoGPT do it."""
+    starts = torch.randint(len(data) - block_size, (batch_size,))
+    x = torch.stack([data[i : i + block_size] for i in starts])
+    y = torch.stack([data[i + 1 : i + block_size + 1] for i in starts])
+    return x.to(DEVICE), y.to(DEVICE)
+
+
+def reference_step(config: dict, batch_size: int) -> Callable[[], float]:
+    """Return a function that does the work of a step as the tutorial and nanoGPT do it."""
     model, optimizer = reference(config)
     model.train()
-    data = torch.randint(0, config["vocab_size"], (100_000,), device=DEVICE)
+    data = torch.randint(0, config["vocab_size"], (100_000,))
+    # nanoGPT scales the gradients of float16, which cards without bfloat16 use.
+    scaler = torch.amp.GradScaler(DEVICE.type, enabled=name_of(FAST) == "float16")
 
-    def step():
-        starts = torch.randint(len(data) - block_size, (batch_size,))
-        x = torch.stack([data[i : i + block_size] for i in starts])
-        y = torch.stack([data[i + 1 : i + block_size + 1] for i in starts])
+    def step() -> None:
+        x, y = cut_batch(data, batch_size, config["block_size"])
         with reference_dtype():
             _, loss = model(x, y)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        scaler.scale(loss).backward()
         if nanogpt:
+            scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        return loss.item()
+        scaler.step(optimizer)
+        scaler.update()
 
     return step
 
 
-def measure_step(shape: str, dtype: torch.dtype, optimizer: str, folder: Path, pairs: int) -> None:
-    step, model = our_step(shape, dtype, optimizer, folder)
+def measure_step(shape: str, dtype: torch.dtype, optimizer: str, folder: Path, pairs: int, steps: int) -> None:
+    """Time `pairs` blocks of `steps` steps of each side, in turn."""
+    run = begin(shape, dtype, optimizer, folder)
+    batch_size, config = run.settings.batch_size, run.model.config
+    their_step = reference_step(config, batch_size)
     rate = matmul_rate(dtype)
-    mine, other, ratios = in_turn(step, reference_step(shape), pairs)
+    mine, other, ratios = in_turn(
+        lambda: time_our_steps(run, steps), lambda: time_their_steps(their_step, steps), pairs
+    )
     rate = max(rate, matmul_rate(dtype))
-    config, batch_size = SHAPES[shape]
-    attention = 12 * len(model.blocks) * config["n_embd"] * config["block_size"]  # per token, see PaLM, appendix B
-    weights = sum(p.numel() for p in model.parameters())
+    attention = 12 * config["n_layer"] * config["n_embd"] * config["block_size"]  # per token, see PaLM, appendix B
+    weights = sum(p.numel() for p in run.model.parameters())
     flops = (6 * weights + attention) * batch_size * config["block_size"] / mine
-    share = f"{flops / 1e9:.0f} GFLOP/s, {flops / rate:.0%} of the {rate / 1e9:.0f} of a matmul"
+    note = f"{flops / 1e9:.0f} GFLOP/s, {flops / rate:.0%} of the {rate / 1e9:.0f} of a matmul{peak_memory(run)}"
     name = f"training step, {shape} shape, {name_of(dtype)}, {optimizer}"
-    row(name, f"{mine * 1e3:.1f} ms", f"{other * 1e3:.1f} ms", spread(ratios), share)
+    row(name, f"{mine * 1e3:.1f} ms", f"{other * 1e3:.1f} ms", spread(ratios), note)
+
+
+def peak_memory(run: training.Run) -> str:
+    """Return, for a note, how much memory of a GPU two steps take at most, beside what is there already."""
+    if DEVICE.type != "cuda":
+        return ""
+    torch.cuda.reset_peak_memory_stats()
+    time_our_steps(run, 1)
+    return f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB at most, both models included"
 
 
 def step(folder: Path) -> None:
     for optimizer in training.LEARNING_RATES:
-        measure_step("default", FAST, optimizer, folder, pairs=7)
+        measure_step("default", FAST, optimizer, folder, pairs=5, steps=3)
 
 
 def step_float32(folder: Path) -> None:
-    measure_step("default", torch.float32, "adamw", folder, pairs=5)
+    measure_step("default", torch.float32, "adamw", folder, pairs=5, steps=3)
 
 
 def step_small(folder: Path) -> None:
     for optimizer in training.LEARNING_RATES:
-        measure_step("small", FAST, optimizer, folder, pairs=40)
+        measure_step("small", FAST, optimizer, folder, pairs=10, steps=10)
 
 
 def step_shakespeare(folder: Path) -> None:
     for optimizer in training.LEARNING_RATES:
-        measure_step("shakespeare", FAST, optimizer, folder, pairs=5)
+        measure_step("shakespeare", FAST, optimizer, folder, pairs=5, steps=20)
 
 
 def step_large(folder: Path) -> None:
-    measure_step("large", FAST, "adamw", folder, pairs=5)
+    for optimizer in training.LEARNING_RATES:
+        measure_step("large", FAST, optimizer, folder, pairs=5, steps=5)
 
 
 def batch(folder: Path) -> None:
-    text = training.Text(folder / "output_train.txt", Vocabulary.from_file(folder / "vocab.txt"), 128)
+    settings = settings_with([f"-data_dir={folder}", "-device=cpu"])
+    text = new_run(settings).train_text
     data = np.memmap(folder / "tokens.bin", dtype=np.uint16, mode="w+", shape=(1_000_000,))
-    steps, args = iter(range(10**9)), training.parse_args(["-device", "cpu"])
+    steps = iter(range(10**9))
 
-    def from_encoded():  # the way of nanoGPT's get_batch, from tokens encoded beforehand
+    def from_encoded():  # as in nanoGPT's get_batch, from tokens encoded beforehand
         starts = torch.randint(len(data) - 128, (32,))
         x = torch.stack([torch.from_numpy(data[i : i + 128].astype(np.int64)) for i in starts])
         y = torch.stack([torch.from_numpy(data[i + 1 : i + 129].astype(np.int64)) for i in starts])
         return x, y
 
-    mine, other, ratios = in_turn(lambda: training.get_batch(text, next(steps), args), from_encoded, 500)
+    mine, other, ratios = work_in_turn(lambda: training.get_batch(text, next(steps), settings), from_encoded, 500)
     row("batch of 32 x 128 from the text", f"{mine * 1e3:.3f} ms", f"{other * 1e3:.3f} ms", spread(ratios), "encoded")
 
 
 # Learning ------------------------------------------------------------------------------------------------------------
 
 
-def learn(folder: Path, optimizer: str, max_iters: int) -> tuple[float, float, float]:
+def learn(folder: Path, optimizer: str, max_iters: int) -> tuple[float, float]:
     """Train the small shape on a schedule of this length.
 
-    Gives the loss on the whole validation text, the seconds for training and those for evaluating.
+    Return the loss on the whole validation text, and the seconds for training.
     """
-    config, batch_size = SHAPES["small"]
-    shape = {"block_size": config["block_size"], "n_embd": config["n_embd"], "batch_size": batch_size, "dropout": 0}
-    flags = {**shape, "optimizer": optimizer, "max_iters": max_iters, "data_dir": folder}
-    args = training.parse_args([f"-{name}={value}" for name, value in flags.items()])
-    torch.manual_seed(args.seed)
-    model, vocabulary = training.starting_model(args)
-    model.to(DEVICE)
-    train_text, val_text = (
-        training.Text(folder / name, vocabulary, args.block_size) for name in ("output_train.txt", "output_val.txt")
-    )
-    learner = training.Optimizer(model, args)
+    flags = [*SHAPES["small"], f"-device={DEVICE}", f"-optimizer={optimizer}", f"-max_iters={max_iters}"]
+    flags += [f"-eval_interval={max_iters}", f"-save_interval={max_iters}", f"-data_dir={folder}"]
+    run = new_run(settings_with([*flags, f"-model={folder / 'learnt.pkl'}"]))
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        training.train(run, Steps(max_iters + 1))
+    return loss_on_all(run, run.model), run.record.seconds
 
-    def train():
-        for step in range(max_iters):
-            training.train_step(model, learner, training.get_batch(train_text, step, args), step, args)
 
-    trained = seconds(train)
-    whole, _ = training.evaluation_batches(val_text, val_text.size, 0, args)
-    start = time.perf_counter()
-    return training.mean_loss(model, val_text, whole, DEVICE), trained, time.perf_counter() - start
+def loss_on_all(run: training.Run, model: torch.nn.Module) -> float:
+    """Return the loss of a model on the whole validation text."""
+    rows = training.choose_rows(run.val_text, limit=run.val_text.size, count=0, settings=run.settings)
+    return training.mean_loss(model, rows, DEVICE)
+
+
+class NanoGPT(torch.nn.Module):
+    """Takes targets that are part of a larger tensor, which nanoGPT refuses."""
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, index: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.model(index, targets.contiguous())
+
+
+def learn_as_nanogpt(folder: Path, max_iters: int = 2000) -> tuple[float, float]:
+    """Train nanoGPT with its own recipe for a CPU, in the small shape.
+
+    Return the loss on the whole validation text, and the seconds for training.
+    """
+    run = begin("small", torch.float32, "adamw", folder)
+    text, vocabulary = (folder / "output_train.txt").read_bytes().decode("utf-8"), run.vocabulary
+    data = torch.tensor(vocabulary.encode(text))
+    model, optimizer = reference(run.model.config)
+    model.train()
+    schedule = training.Settings(learning_rate=1e-3, min_lr=1e-4, warmup_iters=100, max_iters=max_iters)
+    started = now()
+    for step in range(max_iters):
+        for group in optimizer.param_groups:
+            group["lr"] = training.learning_rate_at(step, schedule)
+        x, y = cut_batch(data, run.settings.batch_size, run.settings.block_size)
+        with reference_dtype():
+            _, loss = model(x, y)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    trained = now() - started
+    return loss_on_all(run, NanoGPT(model)), trained
 
 
 def learning(folder: Path) -> None:
-    """Steps and seconds to the target loss, on the shortest of these schedules that gets there."""
+    """Compare the time to nanoGPT's final loss, on the shortest schedule that comes to it, with nanoGPT's whole run."""
+    target, theirs = TARGET, None
+    if nanogpt:
+        target, theirs = learn_as_nanogpt(folder)
     for optimizer in training.LEARNING_RATES:
-        for max_iters in (500, 600, 700, 850, 1000, 1400, 2000):
-            loss, trained, told = learn(folder, optimizer, max_iters)
-            if loss <= TARGET:
+        for max_iters in (400, 500, 600, 700, 850, 1000, 1400, 2000):
+            loss, ours = learn(folder, optimizer, max_iters)
+            if loss <= target:
                 break
-        name = f"loss {TARGET}, small shape, {optimizer}"
-        row(name, f"{max_iters} steps, {trained:.1f} s", "", "", f"ends at {loss:.4f}, evaluated in {told:.1f} s")
+        name = f"loss {target:.4f}, small shape, {optimizer}"
+        beside = (f"2000 steps, {theirs:.1f} s", f"{theirs / ours:.2f} x") if theirs else ("", "")
+        row(name, f"{max_iters} steps, {ours:.1f} s", *beside, f"ends at {loss:.4f}")
 
 
 def steps_by_torchrun(folder: Path, processes: int, batch_size: int, count: int = 8) -> subprocess.Popen:
-    """Start a run of the default shape in processes of one thread each, and leave its seconds to `seconds_of`."""
+    """Start a run of the default shape in processes of one thread each. `seconds_of` waits for its end."""
     flags = {"batch_size": batch_size, "max_iters": count, "eval_interval": count, "eval_iters": 1, "device": "cpu"}
     model = Path(tempfile.mkdtemp(dir=folder)) / "model.pkl"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -263,14 +364,14 @@ def steps_by_torchrun(folder: Path, processes: int, batch_size: int, count: int 
 
 
 def seconds_of(*runs: subprocess.Popen) -> float:
-    """Seconds per step of runs side by side, the mean of them."""
+    """Return the mean seconds per step of runs side by side."""
     for run in runs:
         assert run.wait() == 0
     return statistics.mean(float(run.metrics.read_text().split(",")[-1]) / run.count for run in runs)
 
 
 def scale(folder: Path) -> None:
-    """One process, two that share the same rows, and two that have half of them each and nothing to tell each other."""
+    """Time one process, two that share its rows, and two with half the rows each that don't talk to each other."""
     times = []
     for _ in range(5):
         one = seconds_of(steps_by_torchrun(folder, 1, 32))
@@ -288,14 +389,14 @@ def scale(folder: Path) -> None:
 
 
 def measure_generation(name: str, dtype: torch.dtype, sequences: int, tokens: int, pairs: int) -> None:
-    config, _ = SHAPES["default"]
-    ours, (theirs, _) = GPTLanguageModel(**config).eval().to(DEVICE, dtype), reference(config)
+    ours = GPTLanguageModel(vocab_size=100).eval().to(DEVICE, dtype)
+    theirs, _ = reference(ours.config)
     theirs.eval()
     prompt = torch.zeros(sequences, 1, dtype=torch.long, device=DEVICE)
     caches = ours.new_caches(sequences)
     if DEVICE.type == "cuda":
-        ours.decode = torch.compile(ours.decode, mode="reduce-overhead", fullgraph=True)
-    block_size, few = config["block_size"], tokens // 10
+        chatbot.capture(ours, caches, argparse.Namespace(batch_size=sequences, device=DEVICE))
+    block_size, few = ours.block_size, tokens // 10
     # The others run the whole context for every token. A tenth of the tokens, around the mean context, will do.
     mean_context = statistics.mean(min(t, block_size) for t in range(1, tokens + 1))
     context = torch.zeros(sequences, int(mean_context - few / 2), dtype=torch.long, device=DEVICE)
@@ -304,7 +405,7 @@ def measure_generation(name: str, dtype: torch.dtype, sequences: int, tokens: in
         with reference_dtype():
             theirs.generate(context, few)
 
-    mine, other, ratios = in_turn(lambda: ours.generate(prompt, tokens, caches=caches), generate_few, pairs)
+    mine, other, ratios = work_in_turn(lambda: ours.generate(prompt, tokens, caches=caches), generate_few, pairs)
     scale = tokens / few
     rates = f"{sequences * tokens / mine:.0f} tok/s", f"{sequences * few / other:.0f} tok/s"
     row(name, *rates, spread([ratio * scale for ratio in ratios]), f"{name_of(dtype)}")
@@ -324,18 +425,29 @@ def startup(folder: Path) -> None:
     vocabulary = Vocabulary("".join(map(chr, range(32, 132))))
     save_model(folder / "model-01.pkl", GPTLanguageModel(100), vocabulary)
     chat = [sys.executable, str(ROOT / "chatbot.py"), "-prompt", "x", "-max_new_tokens", "1"]
-    run = {"cwd": folder, "stdout": subprocess.DEVNULL, "check": True}
-    mine, other, ratios = in_turn(
-        lambda: subprocess.run(chat, **run), lambda: subprocess.run([sys.executable, "-c", "import torch"], **run), 7
-    )
+    run = {"cwd": folder, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "check": True}
+    bare = [sys.executable, "-c", "import torch"]
+    mine, other, ratios = work_in_turn(lambda: subprocess.run(chat, **run), lambda: subprocess.run(bare, **run), 7)
     row("chatbot.py -prompt x -max_new_tokens 1", f"{mine:.2f} s", f"{other:.2f} s", spread(ratios), "import torch")
+
+
+def first_step(folder: Path) -> None:
+    """Time both scripts from their start to the first result, with nothing compiled earlier, and with that kept."""
+    run = {"cwd": folder, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "check": True}
+    train = [str(ROOT / "training.py"), *SHAPES["shakespeare"], f"-device={DEVICE}", "-max_iters=1", "-eval_iters=1"]
+    chat = [str(ROOT / "chatbot.py"), f"-device={DEVICE}", "-prompt=x", "-max_new_tokens=1"]
+    for name, command in (("training.py, one step and its evaluation", train), ("chatbot.py, one character", chat)):
+        # Where torch keeps what it has compiled
+        run["env"] = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": tempfile.mkdtemp(dir=folder)}
+        anew, again = (seconds(lambda: subprocess.run([sys.executable, *command], **run)) for _ in range(2))  # noqa: B023
+        row(f"{name}, Shakespeare shape", f"{anew:.1f} s", "", "", f"{again:.1f} s the second time")
 
 
 # Extracting ----------------------------------------------------------------------------------------------------------
 
 
 def write_archives(folder: Path, megabytes: int) -> list[Path]:
-    """Archives of OpenWebText's shape, from Python's own source: tars of about 400 documents, 2 MB of text, in .xz."""
+    """Write archives of OpenWebText's shape, made of Python's own source: .xz of tars of 400 documents, 2 MB each."""
     sources = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     text = "".join(path.read_text(encoding="utf-8") for path in sources)
     paths, distinct = [], 8
@@ -359,7 +471,8 @@ def write_archives(folder: Path, megabytes: int) -> list[Path]:
 
 def extract(folder: Path) -> None:
     archives, output = folder / "archives", folder / "extracted"
-    archives.mkdir(), output.mkdir()
+    archives.mkdir()
+    output.mkdir()
     paths = write_archives(archives, 64)
     command = [sys.executable, str(ROOT / "data_extract.py"), "-data_dir", str(archives), "-output_dir", str(output)]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -375,7 +488,7 @@ def extract(folder: Path) -> None:
 
     if shutil.which("xz") is None:
         raise SystemExit("extract: install xz to compare with")
-    mine, other, ratios = in_turn(lambda: subprocess.run(command, check=True, **quiet), unpack_on_all_cores, 7)
+    mine, other, ratios = work_in_turn(lambda: subprocess.run(command, check=True, **quiet), unpack_on_all_cores, 7)
     against = f"xz -dc on {cores} cores"
     row("extract 64 MB of OpenWebText's shape", f"{mine:.2f} s", f"{other:.2f} s", spread(ratios), against)
 
@@ -383,11 +496,9 @@ def extract(folder: Path) -> None:
 # The table -----------------------------------------------------------------------------------------------------------
 
 QUICK = (step, step_float32, step_small, generate, generate16, batch, startup, extract)
-ROWS = {function.__name__: function for function in (*QUICK, learning, scale, step_shakespeare, step_large)}
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+GPU = (step_shakespeare, step_large, generate, generate16, first_step)
+ROWS = {function.__name__: (function,) for function in dict.fromkeys((*QUICK, *GPU, learning, scale))}
+ROWS["gpu"] = GPU
 
 
 def provide_text(folder: Path, data_dir: Path | None) -> None:
@@ -401,20 +512,22 @@ def provide_text(folder: Path, data_dir: Path | None) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("-only", choices=ROWS, help="measure this row alone; some, which take long, only so")
+    parser.add_argument("-only", choices=ROWS, help="measure this row alone, or those for a GPU")
     parser.add_argument("-data_dir", type=Path, help="folder with the three files of a text; else, the built-in sample")
     parser.add_argument("-nanogpt", type=Path, help="clone of nanoGPT, to compare steps and generation with")
     args = parser.parse_args()
+    if args.only == "gpu" and DEVICE.type != "cuda":
+        parser.error("argument -only: gpu needs a GPU, and there is none here")
     global nanogpt
     nanogpt = load_nanogpt(args.nanogpt) if args.nanogpt else None
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, Python {sys.version.split()[0]}\n")
+    machine = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"{machine}, torch {torch.__version__}, Python {sys.version.split()[0]}\n")
     print("| work | this | reference | ratio reference/this | |\n|---|---|---|---|---|")
     torch.manual_seed(1)
     with tempfile.TemporaryDirectory() as folder:
         provide_text(Path(folder), args.data_dir)
-        for name, measure in ROWS.items():
-            if args.only == name or (args.only is None and measure in QUICK):
-                measure(Path(folder))
+        for measure in ROWS[args.only] if args.only else QUICK:
+            measure(Path(folder))
 
 
 if __name__ == "__main__":

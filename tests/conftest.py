@@ -56,7 +56,7 @@ def read_folder(folder: Path) -> dict[str, bytes]:
 
 
 def write_texts(folder: Path, train: str | None = None, val: str | None = None, vocabulary: str = "") -> Path:
-    """What training.py reads. Without texts, such as the TINY shape can learn; without the second, the first again."""
+    """Write the three files that training.py reads. By default, the texts are easy to learn for the TINY shape."""
     if train is None:
         train, val = "the cat sat on the mat\n" * 200, val or "the mat sat on the cat\n" * 20
     texts = {"output_train.txt": train, "output_val.txt": val or train}
@@ -144,7 +144,7 @@ def start_script(tmp_path):
 
 @pytest.fixture
 def one_thread():
-    """As in the processes: more threads gain tiny models nothing, and wait for each other on a machine that is busy."""
+    """Use one thread, as the processes do: more are no faster for tiny models, and far slower on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -199,7 +199,7 @@ def notices(errors: str) -> list[str]:
 
 
 def assert_fails(result: subprocess.CompletedProcess, message: str, status: int = 1) -> None:
-    """A run has ended with this status and, after nothing but notices, one line with this message (a pattern)."""
+    """Check that a run ended with this status and, after notices, one line with this message (a pattern)."""
     assert result.returncode == status, result.stderr
     script = next(Path(arg).name for arg in result.args if arg.endswith(".py"))
     *before, line = notices(result.stderr)

@@ -1,10 +1,11 @@
-"""Reads files as the scripts do, in a process of its own: what a file does wrong may hang, crash or fill the memory.
+"""Read model files as the scripts do, in a process of its own, since a bad file may hang, crash or fill the memory.
 
-`python fuzz.py FOLDER [FIRST COUNT]` prints a line of JSON for each file in the folder, as it is read: its name, what
-came of it and the seconds. With FIRST and COUNT, as many mutations of the files follow, of which `mutate` makes one for
-each number. A file that takes too long ends the process, as does one that takes too much memory (on Linux).
+`python fuzz.py FOLDER [FIRST COUNT]` prints a line of JSON for each file in the folder: its name, what came of it, and
+the seconds it took. With FIRST and COUNT, that many mutated files follow; `mutate` makes one for each number. A file
+that takes too long ends the process.
 """
 
+import copy
 import faulthandler
 import io
 import json
@@ -21,36 +22,30 @@ import training
 from model import ModelFileError, Vocabulary, is_out_of_memory, load_model
 
 SECONDS, GIGABYTES = 60, 1  # that a file may take
-CUT, FLIP, RUN, INSERT, REMOVE, SWAP = range(6)
 
 
 def mutate_bytes(data: bytes, random: random.Random) -> bytes:
-    """One to three times, something is done to a few bits or bytes."""
+    """Change a few bits or bytes in one to three places."""
     data = bytearray(data)
     for _ in range(random.choice((1, 1, 1, 2, 3))):
         start = random.randrange(len(data) + 1)
-        end = start + random.choice((1, 2, 4, 8, 64, 1000))
-        kind = random.choice((CUT, FLIP, FLIP, FLIP, RUN, RUN, INSERT, REMOVE, SWAP))
-        if kind == CUT:
+        length = random.choice((1, 2, 4, 8, 64, 1000))
+        kind = random.choice(("cut", "flip", "flip", "flip", "overwrite", "insert", "remove"))
+        if kind == "cut":
             del data[start:]
-        elif kind == FLIP and start < len(data):
+        elif kind == "flip" and start < len(data):
             data[start] ^= 1 << random.randrange(8)
-        elif kind == RUN:
-            data[start:end] = random.choice(
-                (bytes(end - start), b"\xff" * (end - start), random.randbytes(end - start))
-            )
-        elif kind == INSERT:
-            data[start:start] = random.randbytes(end - start)
-        elif kind == REMOVE:
-            del data[start:end]
-        elif kind == SWAP:
-            other = random.randrange(len(data) + 1)
-            data[start:end], data[other : other + end - start] = data[other : other + end - start], data[start:end]
+        elif kind == "overwrite":
+            data[start : start + length] = random.choice((bytes(length), b"\xff" * length, random.randbytes(length)))
+        elif kind == "insert":
+            data[start:start] = random.randbytes(length)
+        elif kind == "remove":
+            del data[start : start + length]
     return bytes(data)
 
 
 def mutate(data: bytes, number: int) -> bytes:
-    """The same for the same number. Most archives are mutated inside, or their checksums would tell."""
+    """Return the mutation of this number. Most archives are mutated inside, so that their check sums are right."""
     chance = random.Random(number)
     if not data.startswith(b"PK") or chance.random() < 0.2:
         return mutate_bytes(data, chance)
@@ -67,7 +62,7 @@ def mutate(data: bytes, number: int) -> bytes:
 
 
 def load(path: Path) -> None:
-    """As chatbot.py does."""
+    """Load and use a model as chatbot.py does."""
     given = Vocabulary.from_file(path.with_name("vocab.txt")) if path.with_name("vocab.txt").exists() else None
     model, vocabulary = load_model(path, vocabulary=given)
     text = model.generate(torch.zeros(1, 1, dtype=torch.long), 3, temperature=1.0)
@@ -75,7 +70,7 @@ def load(path: Path) -> None:
 
 
 def resume(path: Path) -> None:
-    """As training.py does, for one step."""
+    """Go on with a run for one step, as training.py does."""
     folder = path.parent
     name = path.name.removesuffix(".state.pkl") + ".pkl"
     settings, start = training.parse_args(["-resume", "-model", str(folder / name)])
@@ -85,7 +80,9 @@ def resume(path: Path) -> None:
         training.Text(folder / f"output_{name}.txt", start.vocabulary, settings.block_size) for name in ("train", "val")
     ]
     optimizer = training.Optimizer(start.model, settings)
-    run = training.Run(settings, start.model, start.vocabulary, *texts, optimizer, training.Record())
+    run = training.Run(
+        settings, start.model, copy.deepcopy(start.model), start.vocabulary, *texts, optimizer, training.Record()
+    )
     run = training.restore(run, start.state)
     settings = training.Settings(**{**vars(settings), "max_iters": run.record.step + 1})
     training.train(run._replace(settings=settings), training.Interruption())

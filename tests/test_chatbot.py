@@ -1,4 +1,4 @@
-"""chatbot.py: prompts are completed as asked, in the characters that the model knows, until the person has enough."""
+"""chatbot.py: where prompts come from, how they are completed and shown, and how a chat ends."""
 
 import errno
 import io
@@ -21,7 +21,7 @@ CHARACTERS = "\n abcdefghijklmnopqrstuvwxyz"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with a small untrained model."""
+    """Return a folder with a small untrained model."""
     torch.manual_seed(1)
     folder = tmp_path_factory.mktemp("chat")
     model = GPTLanguageModel(len(CHARACTERS), n_embd=16, n_head=2, n_layer=1, block_size=16)
@@ -82,7 +82,7 @@ def test_several_completions_are_numbered_and_whole(chat):
     assert len({part[3:] for part in parts}) == 3
 
 
-def test_what_can_not_be_compiled_is_answered_as_it_is(folder, capsys, monkeypatch):
+def test_a_model_that_can_not_be_compiled_still_answers(folder, capsys, monkeypatch):
     def broken(function, **options):
         raise RuntimeError("no working compiler\nand a long story")
 
@@ -115,7 +115,7 @@ def test_a_prompt_with_nothing_known_is_answered_from_a_newline(chat, prompt):
 
 @pytest.fixture
 def with_replacement(folder):
-    """A model that would hardly write anything but U+FFFD, if it were let."""
+    """Return flags for a model that would write hardly anything but U+FFFD if that were allowed."""
     characters = "ab\ufffd🙂"
     model = GPTLanguageModel(len(characters), n_embd=16, n_head=2, n_layer=1, block_size=16)
     with torch.no_grad():
@@ -318,14 +318,14 @@ def test_colours_tell_how_surprising_a_character_was():
 # How a chat ends -----------------------------------------------------------------------------------------------------
 
 
-def test_a_reader_that_has_seen_enough_ends_the_chat_quietly(start_script, folder):
+def test_a_closed_pipe_ends_the_chat_quietly(start_script, folder):
     run = start_script("chatbot.py", "-prompt", "a", "-max_new_tokens", str(10**7), cwd=folder)
     run.stdout.read(20)
     run.stdout.close()
     assert run.wait(timeout=30) == 0 and run.stderr.read() == ""
 
 
-def test_windows_word_for_a_reader_that_has_seen_enough_ends_the_chat_quietly(run_main, folder):
+def test_a_closed_pipe_on_windows_ends_the_chat_quietly(run_main, folder):
     class Closed(io.RawIOBase):
         def writable(self):
             return True

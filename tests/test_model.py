@@ -1,4 +1,4 @@
-"""model.py: the design's maths, text written as fast as by the book, and a file that runs no stranger's code."""
+"""model.py: the mathematics of the design, generation with a cache, and model files that run no code."""
 
 import argparse
 import errno
@@ -33,8 +33,11 @@ from model import (
     Vocabulary,
     atomic_write,
     attention,
+    bounded,
+    choose_device,
     is_out_of_memory,
     load_model,
+    make_parser,
     name_file_in_errors,
     read_model_file,
     save_model,
@@ -134,7 +137,7 @@ def test_multi_head_attention_equals_its_heads_one_by_one(fused, monkeypatch):
 # The model -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_default_model_is_the_designs():
+def test_the_default_model_has_the_sizes_of_the_design():
     model = GPTLanguageModel(100)
     assert model.config == {
         "vocab_size": 100, "n_embd": 384, "n_head": 4, "n_layer": 4, "block_size": 128, "dropout": 0.2
@@ -144,7 +147,7 @@ def test_the_default_model_is_the_designs():
 @pytest.mark.parametrize(
     ("vocab_size", "n_embd", "n_head", "n_layer", "block_size"), [(7, 12, 3, 1, 5), (100, 32, 4, 3, 8)]
 )
-def test_the_number_of_weights_is_the_formulas(vocab_size, n_embd, n_head, n_layer, block_size):
+def test_the_number_of_weights_follows_the_formula(vocab_size, n_embd, n_head, n_layer, block_size):
     model = GPTLanguageModel(vocab_size, n_embd, n_head, n_layer, block_size)
     attention = 3 * n_embd**2 + n_embd**2 + n_embd
     feed_forward = 4 * n_embd**2 + 4 * n_embd + 4 * n_embd**2 + n_embd
@@ -204,7 +207,7 @@ def test_impossible_shapes_are_refused(arguments, message):
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("time_steps", [1, 2, 15, 16])
-def test_logits_loss_and_gradients_equal_the_plain_implementation(model, plain, time_steps, fused, monkeypatch):
+def test_logits_loss_and_gradients_equal_those_of_the_reference(model, plain, time_steps, fused, monkeypatch):
     monkeypatch.setattr(model_module, "fused_is_faster", lambda q, dropout: fused)
     index, targets = random_ids(3, time_steps), random_ids(3, time_steps).flip(0)
     (logits, loss), (plain_logits, plain_loss) = model(index, targets), plain(index, targets)
@@ -243,7 +246,7 @@ def test_a_later_token_never_changes_an_earlier_logit(model):
 
 
 @pytest.mark.parametrize("shape", [(1, 0), (1, 17), (4, 100)])
-def test_too_many_or_no_time_steps_are_refused(model, shape):
+def test_no_time_steps_and_too_many_are_refused(model, shape):
     with pytest.raises(ValueError, match="1 to 16 time steps"):
         model(torch.zeros(shape, dtype=torch.long))
 
@@ -312,14 +315,14 @@ def test_beyond_the_window_the_model_sees_at_least_half_of_it(model):
 
 @pytest.fixture
 def compiler():
-    """What torch has compiled, and how it is to use it, is forgotten before and after."""
+    """Let torch forget what it has compiled, before and after the test."""
     torch.compiler.reset()
     yield torch.compiler
     torch.compiler.set_stance("default")
     torch.compiler.reset()
 
 
-def test_the_work_for_a_token_is_one_graph_that_fits_every_token(model, compiler):
+def test_one_compiled_graph_serves_every_token(model, compiler):
     prompt = random_ids(2, 3)
     expected = model.generate(prompt, 40, temperature=0)
     caches = model.new_caches(2)
@@ -356,7 +359,7 @@ def test_sampling_follows_temperature_and_top_k(model):
 
 
 @pytest.mark.parametrize(("banned_ids", "top_k"), [([0, 7], None), ([2], 4), (list(range(10)), 3)])
-def test_what_is_never_sampled_takes_no_place_among_the_likeliest(model, banned_ids, top_k):
+def test_banned_ids_do_not_count_among_the_top_k(model, banned_ids, top_k):
     prompt = random_ids(1, 6).expand(20000, 6)
     logits = model(prompt[:1])[0][0, -1].clone()
     banned_ids = logits.argsort(descending=True)[banned_ids]
@@ -467,7 +470,7 @@ def test_a_vocabulary_of_any_other_shape_is_the_characters_in_it(tmp_path, text,
 
 @pytest.fixture
 def saved(model, tmp_path):
-    """A file of the model."""
+    """Return a file of the model."""
     save_model(tmp_path / "model.pkl", model, VOCABULARY)
     return tmp_path / "model.pkl"
 
@@ -494,7 +497,7 @@ def test_the_file_holds_only_data_and_tensors(model, saved):
     assert set(content["weights"]) == set(model.state_dict())
 
 
-def test_a_failed_save_leaves_the_former_file(model, saved, monkeypatch):
+def test_a_failed_save_leaves_the_old_file(model, saved, monkeypatch):
     before = saved.read_bytes()
 
     def fail(content, file):
@@ -558,6 +561,17 @@ def test_real_errors_of_memory_are_seen_as_such(make):
     with pytest.raises((MemoryError, RuntimeError)) as caught:
         make()
     assert is_out_of_memory(caught.value)
+
+
+def test_a_device_whose_memory_is_full_is_not_called_missing(monkeypatch, capsys):
+    def fail(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "zeros", fail)
+    parser, _ = make_parser("A script.")
+    with pytest.raises(SystemExit):
+        choose_device(parser, "cuda")
+    assert capsys.readouterr().err.endswith("argument -device: the memory of 'cuda' is full\n")
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY[:4], ids=repr)
@@ -661,7 +675,7 @@ SPOILT = [
     (lambda content: content["weights"].update({"ln_f.bias": torch.zeros(1).expand(2**40)}), "not a model file"),
     (
         lambda content: content["weights"].update({"ln_f.bias": torch.zeros(1).expand(2**62, 1)}),
-        "'ln_f.bias' in it is no",
+        "it holds more numbers",
     ),
     (
         lambda content: content["weights"].update({"ln_f.bias": torch.zeros(24, dtype=int)}),
@@ -704,6 +718,40 @@ def test_a_model_cut_short_is_refused(saved):
     assert assert_cuts_are_refused(saved, step=1999) > 100
 
 
+# The command line ----------------------------------------------------------------------------------------------------
+
+
+def test_help_shows_each_flag_once_with_what_it_takes_and_its_real_default(capsys):
+    parser, flag = make_parser("A script.")
+    flag("batch_size", type=bounded(int, 1), default=32, help="rows")
+    flag("rate", type=bounded(float, 0), help="speed")
+    flag("model", type=Path, default=Path("m.pkl"), help="a file")
+    flag("data_dir", type=Path, help="a folder")
+    flag("prompt", help="a text")
+    flag("device", metavar="NAME", help="where")
+    flag("dtype", choices=("a", "b"), default="b", help="kind")
+    flag("resume", action="store_true", help="go on")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["-h"])
+    lines = [re.sub(" +", " ", line).strip() for line in capsys.readouterr().out.splitlines()]
+    assert lines[4:] == [
+        "-batch_size N rows (default: 32)",
+        "-rate X speed",
+        "-model FILE a file (default: m.pkl)",
+        "-data_dir FOLDER a folder",
+        "-prompt TEXT a text",
+        "-device NAME where",
+        "-dtype {a,b} kind (default: b)",
+        "-resume go on",
+    ]
+    for arguments in (["-batch_size", "4", "-resume"], ["--batch_size=4", "--resume"]):
+        args = parser.parse_args(arguments)
+        assert vars(args).keys() == {"batch_size", "rate", "model", "data_dir", "prompt", "device", "dtype", "resume"}
+        assert (args.batch_size, args.resume, args.rate, args.dtype) == (4, True, None, "b")
+    saved = argparse.Namespace(**{**vars(args), "batch_size": 7})  # settings of an earlier run go before the defaults
+    assert parser.parse_args(["--dtype", "a"], saved).batch_size == 7
+
+
 # The tutorial's own files --------------------------------------------------------------------------------------------
 
 
@@ -717,7 +765,7 @@ def run_python(*arguments, cwd: Path, timeout: float = 300) -> str:
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory):
-    """A folder with the models that tutorial.py makes, and its vocab.txt."""
+    """Return a folder with the models that tutorial.py makes, and its vocab.txt."""
     folder = tmp_path_factory.mktemp("tutorial")
     run_python(ROOT / "tests" / "tutorial.py", folder, cwd=folder)
     return folder
@@ -828,6 +876,14 @@ def test_a_file_of_torch_before_1_6_loads(model, tmp_path):
     torch.save(model.state_dict(), tmp_path / "model.pkl", _use_new_zipfile_serialization=False)
     loaded, _ = load_model(tmp_path / "model.pkl", vocabulary=VOCABULARY)
     assert loaded(random_ids(1, 5))[0].equal(model(random_ids(1, 5))[0])
+
+
+def test_a_model_with_a_larger_block_size_than_allowed_is_refused_for_that(tmp_path):
+    weights = GPTLanguageModel(3, n_embd=2, n_head=1, n_layer=1, block_size=2).state_dict()
+    weights["position_embedding_table.weight"] = torch.zeros(MAX_BLOCK_SIZE + 1, 2)
+    torch.save(weights, tmp_path / "model.pkl")
+    with pytest.raises(ModelFileError, match=r"do not fit \(block_size must be at most 8192, not 8193"):
+        load_model(tmp_path / "model.pkl", vocabulary=Vocabulary("abc"))
 
 
 def test_loaded_weights_share_no_memory(model, tmp_path):
@@ -965,7 +1021,7 @@ def test_what_a_file_says_in_an_archive_is_checked_against_its_sums(saved):
 
 @pytest.fixture
 def sources(theirs, tmp_path, run_main):
-    """A folder with files of every kind that the scripts read, to be mutated."""
+    """Return a folder with files of every kind that the scripts read, to be mutated."""
     names = ("protocol-0.pkl", "protocol-2.pkl", "protocol-4.pkl", "saved.pkl", "state_dict.pkl", "vocab.txt")
     write_texts(tmp_path, "abc def ghi\n" * 30)
     put(tmp_path, {name: (theirs / name).read_bytes() for name in names})

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import steps
 import torch
 from conftest import TINY, assert_fails, metrics, posix, put, read_folder, signals, wait_until_shown, write_texts
 
@@ -223,12 +224,12 @@ def test_muon_equals_torchs_on_the_joined_heads_of_a_layer(monkeypatch):
     for _ in range(3):
         for parameter in model.parameters():
             parameter.grad = torch.randn_like(parameter)
-        for copy, parts in zip(joined, matrices):
-            copy.grad = torch.cat([part.grad for part in parts])
+        for whole, parts in zip(joined, matrices):
+            whole.grad = torch.cat([part.grad for part in parts])
         ours.step()
         theirs.step()
-    for copy, parts in zip(joined, matrices):
-        torch.testing.assert_close(torch.cat(parts), copy, atol=2e-3, rtol=0)  # of updates of up to 3e-2
+    for whole, parts in zip(joined, matrices):
+        torch.testing.assert_close(torch.cat(parts), whole, atol=2e-3, rtol=0)  # of updates of up to 3e-2
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (2, 32, 8), (2, 8, 32)])
@@ -258,17 +259,13 @@ def test_a_clip_of_0_clips_nothing(train, texts):
 
 
 def new_run(folder: Path, *flags) -> training.Run:
-    settings = args("-data_dir", folder, "-model", folder / "model-01.pkl", *flags)
-    torch.manual_seed(settings.seed)
-    model, vocabulary = training.starting_model(settings, None)
-    texts = [training.Text(folder / f"output_{name}.txt", vocabulary, 8) for name in ("train", "val")]
-    return training.Run(settings, model, vocabulary, *texts, training.Optimizer(model, settings), training.Record())
+    """Return a run on the texts in this folder, at its beginning."""
+    return steps.new_run(args("-data_dir", folder, "-model", folder / "model-01.pkl", *flags))
 
 
 def train_until(run: training.Run, step: int) -> None:
     """Go on with a run to this step, in this process."""
-    settings = args("-data_dir", run.settings.data_dir, "-model", run.settings.model, "-max_iters", step)
-    settings = training.Settings(**{**vars(run.settings), "max_iters": settings.max_iters})
+    settings = training.Settings(**{**vars(run.settings), "max_iters": step})
     training.train(run._replace(settings=settings), training.Interruption())
 
 
@@ -1103,4 +1100,4 @@ def test_the_three_commands_lead_from_text_to_an_answer(tmp_path, run_script):
     assert chat.returncode == 0, chat.stderr
     completions = chat.stdout.split("Completion:\n")[1:]
     assert len(completions) == 2 and completions[0].startswith("Plain") and completions[1].startswith("Привет")
-    assert len(completions[0].partition("\nPrompt")[0]) == len("Plain") + 12
+    assert len(completions[0].removesuffix("\n")) == len("Plain") + 12
