@@ -1,0 +1,421 @@
+"""What README.md says is so: its commands run, its tables name every flag, its messages, names and links exist.
+
+The commands run from the top of the page to its end in one folder, as a reader types them, on tiny shapes. Those that
+need several processes are parsed only, and those of other programs are known by their first word.
+"""
+
+import argparse
+import ast
+import gzip
+import io
+import json
+import re
+import runpy
+import shlex
+import sys
+import tarfile
+import zipfile
+
+import benchmark
+import pytest
+import torch
+from conftest import ROOT, SCRIPTS, TINY, put, write_texts
+from torch.distributed.run import parse_args as parse_torchrun
+
+import data_extract
+import training
+from model import GPTLanguageModel, Vocabulary, save_model
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SOURCES = {name: (ROOT / name).read_text(encoding="utf-8") for name in (*SCRIPTS, "model.py")}
+PROSE = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)  # all but the fenced blocks
+SNIPPETS = re.findall(r"^```python\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+FIRST_SCREEN = PROSE.partition("\n## ")[0]
+SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PROSE, flags=re.MULTILINE | re.DOTALL))
+INLINE_CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
+
+OUR_PROGRAMS = ("python", "torchrun")
+OTHER_PROGRAMS = ("pip", "python3", "py", "source", "ruff", "tar", "pdftotext", "pandoc", "iconv")
+OTHER_PROGRAMS += ("Set-ExecutionPolicy",)  # of PowerShell
+SMALL = {
+    "data_extract.py": [],
+    "training.py": [*TINY, "-max_iters=2"],
+    "chatbot.py": ["-max_new_tokens=5", "-device=cpu"],
+}
+
+
+def cells(row: str) -> list[str]:
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+def table(header: str) -> list[list[str]]:
+    """Return the rows of the table whose header begins with this."""
+    lines = PROSE.partition(f"\n| {header} |")[2].splitlines()[2:]
+    rows = []
+    for line in lines:
+        if not line.startswith("|"):
+            break
+        rows.append(cells(line))
+    assert rows, f"README.md has no table {header}"
+    return rows
+
+
+# Commands ------------------------------------------------------------------------------------------------------------
+
+
+def commands(text: str) -> list[str]:
+    """Return the commands of a part of the page, in their order: those in blocks, and those in the text."""
+    found = []
+    for line in text.splitlines():
+        if line.startswith("    "):
+            line = line.strip().removeprefix("$ ").removeprefix("!")
+            if line.startswith((*OUR_PROGRAMS, "pip")):
+                found += line.split(" && ")
+        else:
+            found += [code for code in INLINE_CODE.findall(line) if " " in code and is_command(code)]
+    return found
+
+
+def is_command(code: str) -> bool:
+    return code.startswith("echo ") or code.split()[0] in OUR_PROGRAMS + OTHER_PROGRAMS
+
+
+def text_of_a_book(characters: str = "abcdefgh ") -> bytes:
+    return f"{characters}\n".encode() * 200
+
+
+@pytest.fixture
+def reader(tmp_path, monkeypatch):
+    """A folder with what a reader has who follows the recipes, but for `openwebtext`, which comes later."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("my_texts", "shakespeare", "theirs"):
+        put(tmp_path, {f"{name}/text.txt": text_of_a_book()})
+    vocabulary = Vocabulary("abcdefgh \n")
+    model = GPTLanguageModel(len(vocabulary), n_embd=16, n_head=2, n_layer=1, block_size=8)
+    torch.save(model.state_dict(), "theirs.pkl")
+    write_texts(tmp_path / "theirs", train="abcdefgh \n")
+    put(tmp_path, {"prompt.txt": b"The", "my_texts/book.txt.gz": gzip.compress(text_of_a_book())})
+    with zipfile.ZipFile("texts.zip", "w") as archive:
+        archive.writestr("zipped.txt", text_of_a_book())
+    with tarfile.open("texts.tar.gz", "w:gz") as archive:
+        archive.add("prompt.txt")
+    return tmp_path
+
+
+@pytest.fixture
+def run_command(reader, run_main, monkeypatch):
+    """`run_command("python chatbot.py -show")` runs a command of the page on tiny shapes; returns what it printed."""
+
+    def run(command: str) -> str:
+        typed, _, piped_to = command.rpartition("|")
+        program, *arguments = shlex.split(piped_to)
+        if program in OTHER_PROGRAMS:
+            return ""
+        if program == "torchrun":
+            check_torchrun(arguments)
+        elif arguments[0] in SCRIPTS:
+            return run_script(arguments[0], arguments[1:], typed.removeprefix("echo "))
+        elif arguments[0] == "tests/benchmark.py":
+            check_benchmark(arguments[1:])
+        elif arguments[:2] == ["-m", "pytest"]:
+            check_pytest(arguments[2:])
+        elif arguments[0] == "-m":
+            monkeypatch.setattr(sys, "argv", arguments[1:])
+            runpy.run_module(arguments[1], run_name="__main__")
+        else:
+            pytest.fail(f"nobody knows how to try this: {command}")
+        return ""
+
+    def run_script(name: str, arguments: list[str], typed: str) -> str:
+        stdin = io.TextIOWrapper(io.BytesIO(typed.encode()), "utf-8")
+        done = run_main(name, *arguments, *SMALL[name], cwd=reader, stdin=stdin)
+        assert done.returncode == 0, (name, arguments, done.stderr)
+        return done.stderr + done.stdout
+
+    def check_benchmark(arguments: list[str]) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(benchmark, "ROWS", dict.fromkeys(benchmark.ROWS, lambda folder: None))
+            patch.setattr(benchmark, "QUICK", ())
+            patch.setattr(benchmark, "provide_text", lambda folder, data_dir: None)
+            patch.setattr(benchmark, "load_nanogpt", lambda folder: None)
+            patch.setattr(sys, "argv", ["benchmark.py", *arguments])
+            benchmark.main()
+
+    return run
+
+
+def check_torchrun(arguments: list[str]) -> None:
+    """Parse the launcher's flags and those of the script; see that the processes can share a batch."""
+    launcher = parse_torchrun(arguments)
+    assert launcher.training_script == "training.py"
+    args = training.training_parser().parse_args(launcher.training_script_args)
+    assert args.batch_size % (int(launcher.nnodes.split(":")[-1]) * int(launcher.nproc_per_node)) == 0
+
+
+def check_pytest(arguments: list[str]) -> None:
+    for name in arguments[1::2]:
+        assert arguments[0] == "-m" and f"{name}:" in (ROOT / ".pytest.ini").read_text(encoding="utf-8")
+
+
+def test_every_command_runs(run_command, reader):
+    page = [FIRST_SCREEN, *SECTIONS.values()]
+    assert sum(len(commands(text)) for text in page) > 35
+    for text in page:
+        if text == SECTIONS["Recipes"]:
+            put(reader, {f"openwebtext/{i}.txt": text_of_a_book() for i in range(2)})
+        for command in commands(text):
+            run_command(command)
+    assert (reader / "my_texts/zipped.txt").exists() and (reader / "my_texts/book.txt").exists()
+    assert {"mine.pkl", "more.pkl", "model-01.state.pkl"} <= {path.name for path in reader.iterdir()}
+
+
+def test_commands_work_in_every_shell():
+    """A line that goes on in the next is written differently in each; single quotes mean nothing to Windows' cmd."""
+    for line in PROSE.splitlines():
+        if line.startswith("    ") and commands(line):
+            assert not line.endswith(("\\", "^", "`")) and "'" not in line, line
+
+
+def test_code_in_the_text_stays_on_one_line():
+    """Else it can't be copied from the file, and these tests would not see it."""
+    for line in re.sub(r"``.+?``", "", PROSE).splitlines():  # in which a single one is no mark
+        assert line.startswith("    ") or line.count("`") % 2 == 0, line
+
+
+def test_ci_finds_the_command_that_runs_the_tests():
+    line = next(line for line in README.splitlines() if "python -m pytest" in line)  # as .ci/run looks for it
+    assert line == "    pip install -r requirements.txt pytest && python -m pytest"
+
+
+def without_figures(text: str) -> str:
+    """Return a text with 0 for every number, without what differs between machines or sizes, and with single blanks."""
+    text = re.sub(r"\d[\d.,]*\d|\d", "0", text)
+    text = re.sub(r"\w*float0", "float", text)
+    text = text.replace("0% of the validation", "the whole validation")  # all of it would take a tiny run too long
+    return " ".join(text.split())
+
+
+def test_the_session_is_what_the_scripts_print(run_command):
+    blocks = re.findall(r"^    \$ python (?:data_extract|training).*\n(?:    .*\n)+", FIRST_SCREEN, re.MULTILINE)
+    assert len(blocks) == 2
+    for block in blocks:
+        command, *lines = [line.removeprefix("    ") for line in block.splitlines()]
+        printed = without_figures(run_command(command.removeprefix("$ ")))
+        for part in "\n".join(lines).split("\n...\n"):
+            for paragraph in re.split(r"\n(?=step|best)", part):
+                assert without_figures(paragraph) in printed, paragraph
+
+
+# Flags ---------------------------------------------------------------------------------------------------------------
+
+
+class Parsed(Exception):
+    """Ends a script once it has made its parser, which it carries."""
+
+
+def actions(script: str, monkeypatch) -> dict[str, argparse.Action]:
+    """Return the flags of a script by name."""
+
+    def stop(parser, *_):
+        raise Parsed(parser)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    with pytest.raises(Parsed) as caught:
+        SCRIPTS[script].parse_args([])
+    shown = [action for action in caught.value.args[0]._actions if action.help != argparse.SUPPRESS]
+    return {action.dest: action for action in shown if action.dest != "help"}
+
+
+def defaults_in(cell: str, count: int) -> list[str]:
+    """Return the defaults of the flags that share a row; several are set apart by semicolons or commas."""
+    separator = "; " if ";" in cell else ", "
+    parts = cell.replace("`", "").split(separator) if count > 1 and cell else [cell.replace("`", "")] * count
+    assert len(parts) == count, cell
+    return parts
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_table_of_flags_names_all_with_their_defaults(script, monkeypatch):
+    flags = actions(script, monkeypatch)
+    listed = []
+    for names, cell, meaning in table(f"`{script}`"):
+        names = re.findall(r"`-(\w+)`", names)
+        for name, default in zip(names, defaults_in(cell, len(names))):
+            if flags[name].default is not None:  # else it is worked out, which the cell says in words
+                expected = "off" if flags[name].default is False else str(flags[name].default)
+                assert default == expected, f"-{name}"
+            assert all(choice in cell + meaning for choice in flags[name].choices or ()), f"-{name}"
+        listed += names
+    assert sorted(listed) == sorted(flags)
+
+
+def test_the_table_knows_the_learning_rates():
+    rows = {row[0]: row[1] for row in table("`training.py`")}
+    for optimizer, rate in training.LEARNING_RATES.items():
+        assert f"{rate} with `{optimizer}`" in rows["`-learning_rate`"]
+
+
+def test_every_flag_in_the_text_exists(monkeypatch):
+    known = {name for script in SCRIPTS for name in actions(script, monkeypatch)}
+    known |= {"h", "m", "only", "nanogpt"}  # of Python, pytest and the benchmark
+    for code in INLINE_CODE.findall(PROSE):
+        if code.startswith("-") and not code.startswith("--dropout="):  # of nanoGPT
+            name = re.match(r"--?(\w*)", code).group(1)
+            assert name in known or code == "-", code  # "-" stands for the standard input
+
+
+def test_what_a_resumed_run_may_change_is_named():
+    paragraph = next(text for text in SECTIONS["Recipes"].split("\n\n") if "may change" in text)
+    named = re.findall(r"`-(\w+)`", paragraph.partition("may grow")[2].partition("may change")[0])
+    assert sorted(named) == sorted({*training.MAY_CHANGE_ON_RESUME} - {"model", "resume"})
+
+
+# Messages, names and links -------------------------------------------------------------------------------------------
+
+
+def texts_in(source: str) -> list[str]:
+    """Return all texts in a Python file, with … where they take up a value."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.append(node.value)
+        if isinstance(node, ast.JoinedStr):
+            found.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
+    return found
+
+
+@pytest.mark.parametrize("message", [code for row in table("you see") for code in INLINE_CODE.findall(row[0])])
+def test_messages_are_those_of_the_scripts(message):
+    pattern = ".*".join(re.escape(part) for part in message.split("…"))
+    texts = [text for source in SOURCES.values() for text in texts_in(source)]
+    # A message may begin with a value, such as a folder's name, for which the page has an example.
+    shown = [text.replace("…", data_extract.DEFAULT_DATA_DIR) if text.startswith("no …") else text for text in texts]
+    assert any(re.search(pattern, text) for text in shown)
+
+
+@pytest.mark.parametrize("section", ["How the model works", "How sampling works", "Working on it"])
+def test_names_in_the_text_are_those_in_the_code(section):
+    names = [code for code in INLINE_CODE.findall(SECTIONS[section]) if re.fullmatch(r"[A-Za-z]\w+", code)]
+    assert names
+    for name in names:
+        assert any(re.search(rf"\b{name}\b", source) for source in SOURCES.values()), name
+
+
+def test_files_in_the_text_exist():
+    for name in re.findall(r"`((?:tests/|\.ci/)[\w./]+)", PROSE) + list(SOURCES):
+        assert (ROOT / name).is_file() and f"`{name}" in PROSE, name
+
+
+def anchor(heading: str) -> str:
+    """Return the part of an address that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def test_links_lead_to_headings():
+    anchors = {anchor(heading) for heading in re.findall(r"^#+ (.+)$", PROSE, re.MULTILINE)}
+    targets = re.findall(r"\]\(([^)]+)\)", PROSE)
+    assert sum(target.startswith("#") for target in targets) >= 3
+    for target in targets:
+        assert target[1:] in anchors if target.startswith("#") else target.startswith("https://"), target
+
+
+def test_the_section_that_messages_name_exists():
+    assert re.search('README, "(.+)"', data_extract.ELSEWHERE).group(1) in SECTIONS
+
+
+def test_each_script_imports_only_what_it_may():
+    """The rule that "Working on it" gives."""
+    may = {
+        "model.py": {"torch", "numpy"},
+        "data_extract.py": {"numpy", "tqdm"},
+        "training.py": {"model", "torch", "numpy", "tqdm", "matplotlib"},
+        "chatbot.py": {"model", "torch"},
+    }
+    for name, source in SOURCES.items():
+        imported = set()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            if isinstance(node, ast.ImportFrom):
+                imported.add(node.module.partition(".")[0])
+        assert imported - sys.stdlib_module_names - {"pydoc_data"} <= may[name], name
+
+
+# Python --------------------------------------------------------------------------------------------------------------
+
+
+def snippet(word: str) -> str:
+    """Return the only Python snippet that has this word."""
+    (found,) = [code for code in SNIPPETS if word in code]
+    return found
+
+
+def test_python_for_a_notebook_works_as_pasted(tmp_path, monkeypatch, capsys):
+    vocabulary = Vocabulary("The object\n")
+    model = GPTLanguageModel(len(vocabulary), n_embd=16, n_head=2, n_layer=3, block_size=16)
+    save_model(tmp_path / "model-01.pkl", model, vocabulary)
+    monkeypatch.chdir(tmp_path)
+    exec(snippet("load_model"), {})
+    shown = capsys.readouterr().out
+    *_, loss, first, second, third = shown.splitlines()
+    assert shown.startswith("The object") and re.fullmatch(r"\d\.\d\d nats per character", loss)
+    assert [len(ast.literal_eval(line)) for line in (first, second, third)] == [5, 5, 5]
+
+
+ROWS = [{"text": "One “text” of\ntwo lines"}, {"text": "Another: 你好 🙂", "url": "not this"}]
+EXPECTED = "One “text” of\ntwo lines\n\nAnother: 你好 🙂\n\n"
+
+
+def json_lines(rows: list[dict]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def zstd_in_frames(data: bytes) -> bytes:
+    """As several threads of zstd leave it: compressed in several pieces, one after another."""
+    zstandard = pytest.importorskip("zstandard", reason="the recipe for .zst needs zstandard")
+    return b"".join(zstandard.compress(line) for line in data.splitlines(keepends=True))
+
+
+@pytest.mark.parametrize(
+    "ending, opener, pack",
+    [
+        ("jsonl.gz", "gzip.open", gzip.compress),
+        ("jsonl", "open", bytes),
+        ("jsonl.zst", "zstandard.open", zstd_in_frames),
+    ],
+)
+def test_the_recipe_for_json_lines(tmp_path, monkeypatch, ending, opener, pack):
+    files = {"a": pack(json_lines(ROWS[:1])), "b": pack(json_lines(ROWS))}
+    put(tmp_path / "downloads", {f"{name}.{ending}": content for name, content in files.items()})
+    (tmp_path / "my_texts").mkdir()
+    monkeypatch.chdir(tmp_path)
+    code = snippet("gzip.open")
+    assert opener in code or f"`{opener}`" in SECTIONS["Other kinds of data"]
+    names = {"zstandard": pytest.importorskip("zstandard")} if ending.endswith("zst") else {}
+    exec(code.replace("gzip.open", opener).replace("*.jsonl.gz", f"*.{ending}"), names)
+    one = "One “text” of\ntwo lines\n\n"
+    assert (tmp_path / "my_texts/jsonl.txt").read_bytes().decode() == one + EXPECTED
+
+
+def test_the_recipe_for_json_lines_goes_on_after_half_a_character(tmp_path, monkeypatch):
+    """JSON can hold one half of a pair that stands for a character. UTF-8 can't."""
+    put(tmp_path, {"downloads/a.jsonl.gz": gzip.compress(b'{"text": "a\\ud83d"}\n{"text": "b"}\n')})
+    (tmp_path / "my_texts").mkdir()
+    monkeypatch.chdir(tmp_path)
+    exec(snippet("gzip.open"), {})
+    assert (tmp_path / "my_texts/jsonl.txt").read_text(encoding="utf-8") == "a?\n\nb\n\n"
+
+
+def test_the_recipe_for_parquet(tmp_path, monkeypatch):
+    pyarrow = pytest.importorskip("pyarrow", reason="the recipe for .parquet needs pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    for name in ("downloads", "my_texts"):
+        (tmp_path / name).mkdir()
+    parquet.write_table(pyarrow.Table.from_pylist([*ROWS, {"text": None}]), tmp_path / "downloads/a.parquet")
+    monkeypatch.chdir(tmp_path)
+    exec(snippet("pyarrow"), {})
+    assert (tmp_path / "my_texts/parquet.txt").read_bytes().decode() == EXPECTED
+
+
+def test_every_snippet_is_tried():
+    assert sorted(SNIPPETS) == sorted(map(snippet, ("load_model", "gzip.open", "pyarrow")))
