@@ -362,7 +362,7 @@ def test_python_for_a_notebook_works_as_pasted(tmp_path, monkeypatch, capsys):
     assert [len(ast.literal_eval(line)) for line in (first, second, third)] == [5, 5, 5]
 
 
-ROWS = [{"text": "One “text” of\ntwo lines"}, {"text": "Another: 你好 🙂", "url": "not this"}]
+ROWS = [{"text": "One “text” of\ntwo lines"}, {"text": None}, {"text": "Another: 你好 🙂", "url": "not this"}]
 EXPECTED = "One “text” of\ntwo lines\n\nAnother: 你好 🙂\n\n"
 
 
@@ -411,7 +411,7 @@ def test_the_recipe_for_parquet(tmp_path, monkeypatch):
     parquet = pytest.importorskip("pyarrow.parquet")
     for name in ("downloads", "my_texts"):
         (tmp_path / name).mkdir()
-    parquet.write_table(pyarrow.Table.from_pylist([*ROWS, {"text": None}]), tmp_path / "downloads/a.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "downloads/a.parquet")
     monkeypatch.chdir(tmp_path)
     exec(snippet("pyarrow"), {})
     assert (tmp_path / "my_texts/parquet.txt").read_bytes().decode() == EXPECTED
