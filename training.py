@@ -446,16 +446,14 @@ class Optimizer:
             self.scaler.unscale_(part)
         parameters = [parameter for group in groups for parameter in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
-        if self.scaler.is_enabled():
-            # A gradient that overflowed in float16 has spoilt the norm, and clipping by it the gradients of both parts.
-            # So neither part gets any in this step. scaler.step would skip only one, and make Python wait for a GPU.
-            overflowed = ~norm.isfinite()
-            for parameter in parameters:
-                parameter.grad.masked_fill_(overflowed, 0.0)
         for group in groups:
             group["lr"] = learning_rate * group.get("share", 1.0)
-        for part in self.parts:
-            part.step()
+        # In float16 a gradient may overflow. The scaler then skips the part that it belongs to; but clipping has spoilt
+        # the other part's gradients too.
+        spoilt = len(self.parts) > 1 and self.scaler.is_enabled() and not norm.isfinite()
+        if not spoilt:
+            for part in self.parts:
+                self.scaler.step(part)
         self.scaler.update()
 
     def state(self) -> dict:
