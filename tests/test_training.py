@@ -210,7 +210,7 @@ def test_muon_gets_the_matrices_inside_the_blocks_and_adamw_the_rest():
 
 
 def test_muon_equals_torchs_on_the_joined_heads_of_a_layer(monkeypatch):
-    """Three steps with torch's polynomials, in float32 as on a processor without bfloat16 units; torch's own has them."""
+    """Three steps with the polynomials of torch, in float32; torch itself works in bfloat16, hence the tolerance."""
     monkeypatch.setattr(training, "POLYNOMIALS", ((3.4445, -4.7750, 2.0315),) * 5)
     monkeypatch.setattr(training, "default_dtype", lambda device: torch.float32)
     model = GPTLanguageModel(7, n_embd=16, n_head=2, n_layer=2, block_size=4)
