@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 MIXED = "Plain text, Привет мир, γειά, 中文字符, नमस्ते, שלום, “quoted” – é🙂🚀\n"
 CPU = torch.device("cpu")
-ADDMM = torch.addmm
+BADDBMM = torch.baddbmm
 SAME = ["-max_iters", 50, "-eval_interval", 5, "-dropout", 0, "-learning_rate", 0.01, "-dtype", "float32"]
 
 
@@ -210,7 +210,8 @@ def test_muon_gets_the_matrices_inside_the_blocks_and_adamw_the_rest():
 
 
 def test_muon_equals_torchs_on_the_joined_heads_of_a_layer(monkeypatch):
-    """Three steps, in float32 as on a processor without bfloat16 units; torch's own works in bfloat16."""
+    """Three steps with the polynomials of torch, in float32; torch itself works in bfloat16, hence the tolerance."""
+    monkeypatch.setattr(training, "POLYNOMIALS", ((3.4445, -4.7750, 2.0315),) * 5)
     monkeypatch.setattr(training, "default_dtype", lambda device: torch.float32)
     model = GPTLanguageModel(7, n_embd=16, n_head=2, n_layer=2, block_size=4)
     blocks = model.blocks
@@ -237,7 +238,7 @@ def test_orthogonalized_matrices_have_singular_values_of_about_1(shape, monkeypa
     monkeypatch.setattr(training, "default_dtype", lambda device: torch.float32)
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 1e-3
     values = torch.linalg.svdvals(training.orthogonalize(matrices))
-    assert values.min() > 0.4 and values.max() < 1.3
+    assert values.min() > 0.3 and values.max() < 1.7
     alone = torch.cat([training.orthogonalize(matrix[None]) for matrix in matrices])
     torch.testing.assert_close(training.orthogonalize(matrices), alone)
 
@@ -246,8 +247,16 @@ def test_orthogonalized_matrices_have_singular_values_of_about_1(shape, monkeypa
     ("fast", "expected"), [("float32", "float32"), ("float16", "float32"), ("bfloat16", "bfloat16")]
 )
 def test_muon_works_in_bfloat16_only_where_that_is_fast(monkeypatch, fast, expected):
+    seen = set()
+
+    def baddbmm(*matrices, **factors):
+        seen.update(str(matrix.dtype) for matrix in matrices)
+        return BADDBMM(*matrices, **factors)
+
     monkeypatch.setattr(training, "default_dtype", lambda device: getattr(torch, fast))
-    assert training.orthogonalize(torch.ones(1, 2, 2)).dtype == getattr(torch, expected)
+    monkeypatch.setattr(torch, "baddbmm", baddbmm)
+    assert training.orthogonalize(torch.ones(1, 2, 2)).dtype == torch.float32
+    assert seen == {f"torch.{expected}"}
 
 
 def test_a_clip_of_0_clips_nothing(train, texts):
