@@ -876,7 +876,8 @@ def describe(run: Run) -> None:
     settings = run.settings
     device = f"{settings.device}, "
     if settings.device.type == "cpu":
-        device += f"{torch.get_num_threads()} threads, "
+        threads = torch.get_num_threads()
+        device += f"{threads} thread{'s' if threads > 1 else ''}, "
     device += name_of(settings.dtype)
     if WORLD_SIZE > 1:
         device += f", {WORLD_SIZE} processes"
@@ -909,10 +910,9 @@ def describe_end(run: Run) -> None:
     if not rows.is_whole:
         characters = text.size * (1 - is_continuation(text.array[:CHUNK]).mean())
         share = f"{limit * settings.block_size / characters:.2%} of the"
-    show(
-        f"best model, of step {record.best_step}: {nats:.4f} nats = {nats / math.log(2):.3f} bits per character over "
-        f"{share} validation text, in {settings.model}; talk to it: python chatbot.py{model_flag(settings.model)}"
-    )
+    bits = nats / math.log(2)
+    show(f"best model, of step {record.best_step}: {nats:.4f} nats = {bits:.3f} bits per character")
+    show(f"over {share} validation text; talk to it: python chatbot.py{model_flag(settings.model)}")
 
 
 def model_flag(model: Path) -> str:
