@@ -289,7 +289,7 @@ def learn(folder: Path, optimizer: str, max_iters: int) -> tuple[float, float]:
     run = new_run(settings_with([*flags, f"-model={folder / 'learnt.pkl'}"]))
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         training.train(run, Steps(max_iters + 1))
-    return loss_on_all(run, run.model), run.record.seconds
+    return loss_on_all(run, run.average), run.record.seconds
 
 
 def loss_on_all(run: training.Run, model: torch.nn.Module) -> float:
