@@ -535,7 +535,7 @@ def test_fine_tuning_keeps_what_is_known_and_grows_the_vocabulary(tmp_path, old_
     write_texts(tmp_path, "dcaé" * 20)
     start = args("-data_dir", tmp_path, "-init_from", tmp_path / "old.pkl")
     model, vocabulary = training.starting_model(start)
-    assert vocabulary.characters == "\nabcdé"
+    assert vocabulary.characters == "abcdé"
     known, new = [1, 2, 3], [0, 4, 5]
     for name, weight in model.state_dict().items():
         old = old_model.state_dict()[name]
@@ -787,4 +787,4 @@ def test_the_three_commands_lead_from_text_to_an_answer(tmp_path, run_script):
     assert chat.returncode == 0, chat.stderr
     completions = chat.stdout.split("Completion:\n")[1:]
     assert len(completions) == 2 and completions[0].startswith("Plain") and completions[1].startswith("Привет")
-    assert len(completions[0].partition("\nPrompt")[0]) == len("Plain") + 12
+    assert len(completions[0].removesuffix("\n")) == len("Plain") + 12
