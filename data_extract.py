@@ -389,13 +389,11 @@ class Counts:
         self.examples = other.examples | self.examples
         self.doubtful += other.doubtful
 
-    def add_text(self, piece: bytes, characters: int, replaced: int, control: int) -> None:
-        """Count what `clean` has found in a piece of text."""
-        self.characters += characters
-        if replaced or control:
-            self.replaced += replaced
-            self.control += control
-            self.sample = self.sample or take_strange(piece)
+    def add_strange(self, piece: bytes, replaced: int, control: int) -> None:
+        self.replaced += replaced
+        self.control += control
+        if not self.sample:
+            self.sample = take_strange(piece)
 
     def leave_out(self, kind: str, name: str) -> None:
         self.left_out[kind] += 1
@@ -494,7 +492,9 @@ def read_plain(archive: Archive, stream: io.BufferedReader, head: bytes, counts:
     if not not_text:
         for piece in split_safely(to_utf8(chain([head], read_blocks(stream)))):
             data, characters, replaced, control = clean(piece)
-            counts.add_text(piece, characters, replaced, control)
+            counts.characters += characters
+            if replaced or control:
+                counts.add_strange(piece, replaced, control)
             last = data or last
             yield data
         not_text = judge(counts.sample, counts.characters, counts.replaced, counts.control)
@@ -547,21 +547,19 @@ def last_character(data: bytes) -> int:
 
 
 def clean(piece: bytes) -> tuple[bytes, int, int, int]:
-    """Return a piece of text as valid UTF-8 with `\\n` line ends, and how much is in it.
+    """Return a piece of text as valid UTF-8, and the numbers of characters, invalid sequences and control characters.
 
-    The numbers are those of its characters, of the invalid sequences that became U+FFFD, and of control characters.
-    The last are looked for only where something is wrong already, since that takes as long as all the rest.
+    Invalid sequences become U+FFFD. Control characters are looked for only where there is reason to doubt that this is
+    text at all, as that takes as long as all the rest; binary data has NULs from its beginning on.
     """
-    data = piece
-    if b"\r" in data:
-        data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     try:
-        characters = len(data.decode())
+        characters = len(piece.decode())
     except UnicodeDecodeError:
-        text = data.decode(errors="replace")
-        replaced = text.count(REPLACEMENT) - data.count(REPLACEMENT.encode())
+        text = piece.decode(errors="replace")
+        replaced = text.count(REPLACEMENT) - piece.count(REPLACEMENT.encode())
         return text.encode(), len(text), replaced, count_control(piece)
-    return data, characters, 0, count_control(piece) if b"\0" in piece else 0
+    control = count_control(piece) if b"\0" in piece[:1024] else 0
+    return piece, characters, 0, control
 
 
 # Tars ----------------------------------------------------------------------------------------------------------------
@@ -625,18 +623,22 @@ def tar_members(stream: io.BufferedReader, header: bytes, check_headers: bool) -
             extended = {b"path": record} if kind == b"L" else parse_pax(record)
             skip(stream, size - len(record))
         else:
-            size = int(extended.get(b"size", size))
-            prefix = header[345:500].rstrip(b"\0") + b"/" if header[257:263] == b"ustar\0" else b""
-            name = extended.get(b"path", prefix + header[:100]).rstrip(b"\0").decode("utf-8", "replace")
+            path = header[:100]
+            if header[257:263] == b"ustar\0":
+                path = header[345:500].rstrip(b"\0") + b"/" + path
+            if extended:
+                size = int(extended.get(b"size", size))
+                path = extended.get(b"path", path)
+            name = path.rstrip(b"\0").decode("utf-8", "replace")
             if kind == b"S" or b"GNU.sparse" in extended:  # its content is a map and pieces
                 raise Damaged(f"it holds a sparse file, {name!r}", "unpack it with tar -xf")
             extended = {}
-            if kind in b"123456":  # links, devices and folders have no content, whatever size they name
-                size = 0
-            if kind not in (b"0", b"\0", b"7") or name.endswith("/"):
+            if kind in (b"0", b"\0", b"7") and not name.endswith("/"):
+                yield name, size
+            elif kind not in b"123456":  # links, devices and folders have no content, whatever size they name
                 skip(stream, size)
             else:
-                yield name, size
+                size = 0
         skip(stream, -size % tarfile.BLOCKSIZE)
         header = stream.read(tarfile.BLOCKSIZE)
     if check_headers and not ended:  # an .xz file has other means to know that it is whole
@@ -663,40 +665,58 @@ def parse_pax(record: bytes) -> dict[bytes, bytes]:
 
 
 def read_member(name: str, stream: io.BufferedReader, size: int, counts: Counts) -> Iterator[bytes]:
-    """Yield a document of a tar in pieces; nothing if it is empty or no text, which is judged by its first CHUNK."""
+    """Yield a document of a tar in pieces, or nothing if it is empty or no text."""
     head = read_exactly(stream, min(size, CHUNK))
     not_text = find_signature(head)
     if not_text:
         counts.leave_out(not_text.kind, name)
         skip(stream, size - len(head))
-        return
-    if size > CHUNK or head.startswith(UTF16_MARKS):
-        pieces = split_safely(to_utf8(chain([head], read_blocks(Window(stream, size - len(head))))))
+    elif size > CHUNK or head.startswith(UTF16_MARKS):
+        rest = read_blocks(Window(stream, size - len(head)))
+        yield from read_long_member(name, split_safely(to_utf8(chain([head], rest))), counts)
     else:
-        pieces = iter([head.removeprefix(codecs.BOM_UTF8)])
+        text = admit(name, head.removeprefix(codecs.BOM_UTF8).rstrip(b"\r\n"), counts)
+        if text:
+            counts.documents += 1
+            counts.characters += 2
+            yield text + b"\n\n"
+
+
+def read_long_member(name: str, pieces: Iterator[bytes], counts: Counts) -> Iterator[bytes]:
     is_empty = True
     held = b""  # line ends that only the next piece shows to be trailing or not
     for piece in pieces:
-        piece = held + piece
-        text = piece.rstrip(b"\r\n")
-        held = piece[len(text) :][:CHUNK]
+        text = (held + piece).rstrip(b"\r\n")
+        held = (held + piece)[len(text) :][:CHUNK]
         if not text:
             continue
-        data, characters, replaced, control = clean(text)
-        if is_empty and (replaced or control):
-            not_text = judge(text, characters, replaced, control)
-            if not_text:
-                counts.leave_out(not_text.kind, name)
-                for _ in pieces:  # the next member begins after the rest of this one
-                    pass
-                return
+        text = admit(name, text, counts, is_first=is_empty)
+        if not text:
+            for _ in pieces:  # the next member begins after the rest of this one
+                pass
+            return
         is_empty = False
-        counts.add_text(text, characters, replaced, control)
-        yield data
+        yield text
     if not is_empty:
         counts.documents += 1
         counts.characters += 2
         yield b"\n\n"
+
+
+def admit(name: str, text: bytes, counts: Counts, is_first: bool = True) -> bytes:
+    """Count a piece of a document and return it clean, or b"" if the document is no text.
+
+    That is judged by a document's first piece: when the next one is read, the first has been written.
+    """
+    data, characters, replaced, control = clean(text)
+    if replaced or control:
+        not_text = judge(text, characters, replaced, control) if is_first else None
+        if not_text:
+            counts.leave_out(not_text.kind, name)
+            return b""
+        counts.add_strange(text, replaced, control)
+    counts.characters += characters
+    return data
 
 
 def read_exactly(stream: io.BufferedReader, size: int) -> bytes:
@@ -752,7 +772,7 @@ def extract_archive(archive: Archive, part: Path, min_count: int) -> Counts:
 def read_clean(
     archive: Archive, counts: Counts, enough: int = 1, ascii_counts: np.ndarray | None = None
 ) -> Iterator[bytes]:
-    """Yield an archive's clean text in chunks, and count in `counts` what is in it. Raises Damaged.
+    """Yield an archive's clean text, with `\\n` line ends, in chunks, and count what is in it. Raises Damaged.
 
     An ASCII character is counted only up to `enough` per process, then skipped: counting all costs 7 s per GB, this
     0.4 s. `ascii_counts` holds those of earlier archives.
@@ -760,6 +780,10 @@ def read_clean(
     earlier = np.zeros(128, dtype=np.int64) if ascii_counts is None else ascii_counts
     seen = earlier.copy()  # by code point
     for data in join_pieces(read_text(archive, counts)):
+        if b"\r" in data:
+            before = len(data)
+            data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+            counts.characters -= before - len(data)
         counts.size += len(data)
         frequent = bytes(np.flatnonzero(seen[:128] >= enough).tolist())
         more = np.bincount(code_points(data.translate(None, frequent)), minlength=len(seen))
@@ -768,8 +792,8 @@ def read_clean(
         yield data
     seen[:128] -= earlier
     earlier += seen[:128]
-    for code in np.flatnonzero(seen).tolist():
-        counts.characters_seen[chr(code)] = int(seen[code])
+    codes = np.flatnonzero(seen)
+    counts.characters_seen = Counter({chr(code): count for code, count in zip(codes.tolist(), seen[codes].tolist())})
 
 
 def join_pieces(pieces: Iterable[bytes]) -> Iterator[bytes]:
