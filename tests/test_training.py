@@ -167,6 +167,15 @@ def test_the_ends_of_the_schedule_follow_from_the_other_flags():
     assert args("-optimizer", "muon").min_lr == 0
 
 
+def test_dropout_follows_from_the_passes_over_the_text(texts):
+    def dropout(passes: float, *flags) -> float:
+        return args("-data_dir", texts, "-max_iters", round(passes * 4600 / 4 / 8), *flags).dropout
+
+    assert dropout(1) == dropout(5) == 0.0 and dropout(15.1) == dropout(100) == 0.2
+    assert dropout(10) == pytest.approx(0.1, abs=0.001)
+    assert dropout(1, "-dropout", 0.3) == 0.3
+
+
 def test_adamw_averages_over_the_same_tokens_whatever_the_batch():
     def beta2(batch_size: int, block_size: int) -> float:
         recipe = args("-batch_size", batch_size, "-block_size", block_size)
@@ -599,7 +608,8 @@ def test_fine_tuning_takes_the_shape_of_the_file(run_main, texts, old_model):
     for shape in ([], same):
         assert run_main("training.py", *flags, *shape).returncode == 0
         model, _ = load_model(texts / "model-01.pkl")
-        assert {**model.config, "vocab_size": 3} == {**old_model.config, "vocab_size": 3}
+        unlike = {"vocab_size": 3, "dropout": 0.2}  # the text decides these
+        assert {**model.config, **unlike} == {**old_model.config, **unlike}
     for flag in ("-n_embd=32", "-n_head=4", "-n_layer=2", "-block_size=9"):
         name, _, value = flag.partition("=")
         assert_fails(run_main("training.py", *flags, flag), f"argument {name}: {value} contradicts", status=2)
