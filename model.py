@@ -658,7 +658,14 @@ def unpickle(data: bytes):
     if data.startswith(OLD_FORMAT):
         return load_with_torch(data)
     if not data.startswith(b"PK"):
-        return DataUnpickler(io.BytesIO(data)).load()
+        try:
+            return DataUnpickler(io.BytesIO(data)).load()
+        except (MemoryError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                # A damaged pickle may ask for any amount. A good one takes less than this, which fails for the same
+                # reason if memory is really too small.
+                bytearray(4 * len(data))
+            raise ValueError("a pickle that can't be read") from error
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         entries = archive.infolist()
         # torch.save never compresses, and a compressed member could unpack to a thousand times its size.

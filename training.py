@@ -184,7 +184,7 @@ def prepare_forward(run: Run) -> torch.nn.Module:
     if run.settings.compile == "on":
         forward = compile_model(run.model, get_batch(run.train_text, 0, run.settings), run.settings)
     if WORLD_SIZE > 1:
-        forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
+        forward = DistributedDataParallel(forward, gradient_as_bucket_view=True, broadcast_buffers=False)
     return forward
 
 
@@ -468,10 +468,11 @@ class Optimizer:
             expected = shapes_of_state(part)
             part.load_state_dict({**part.state_dict(), "state": saved})
             found = {
-                parameter: {name: value.shape for name, value in values.items()}
+                parameter: {name: value.shape for name, value in values.items() if value.is_contiguous()}
                 for parameter, values in part.state.items()
             }
-            if found not in ({}, expected):  # the fused step trusts the shapes blindly
+            # The fused step trusts shapes blindly: it would write to memory that belongs to something else.
+            if found not in ({}, expected):
                 raise ValueError("the state of another optimizer or model")
 
 

@@ -169,6 +169,8 @@ IMPOSSIBLE = {
     "modules in modules": b"\x80\x04" + LAYER * 5000 + b"N" + LAYER_END * 5000 + b".",
     "a list as a key": b"\x80\x04}]K\x01s.",
     "a text longer than the file": b"\x80\x04X\xff\xff\xff\x7fa.",
+    "a far place to remember": b"\x80\x04]r\xff\xff\xff\x7f.",
+    "bytes of 2^50": b"\x80\x04\x8e" + struct.pack("<Q", 2**50) + b"a.",
     "bytes of 2^63": b"\x80\x04\x8e" + struct.pack("<Q", 2**63) + b"a.",
     "layers times heads": as_archive(as_pickle(dict.fromkeys(EMBEDDINGS + LAYERS_AND_HEADS, tensor((4, 4), (4, 1))))),
     "attributes without names": b"\x80\x04" + STAND_IN + b"]b.",
