@@ -587,19 +587,11 @@ def old_model(tmp_path):
 
 
 def test_fine_tuning_keeps_what_is_known_and_grows_the_vocabulary(tmp_path, old_model):
-<<<<<<< HEAD
     write_texts(tmp_path, "dcaé" * 20)
     flags = [*TINY, "-data_dir", str(tmp_path), "-init_from", str(tmp_path / "old.pkl")]
     model, vocabulary = training.starting_model(*training.parse_args(flags))
     assert vocabulary.characters == "abcdé"  # no line end: neither text has one
     known, new = [0, 1, 2], [3, 4]
-=======
-    write_texts(tmp_path, "dcaé\n" * 20)
-    start = args("-data_dir", tmp_path, "-init_from", tmp_path / "old.pkl")
-    model, vocabulary = training.starting_model(start)
-    assert vocabulary.characters == "\nabcdé"
-    known, new = [1, 2, 3], [0, 4, 5]
->>>>>>> model
     for name, weight in model.state_dict().items():
         old = old_model.state_dict()[name]
         if name.startswith(("token_embedding_table", "lm_head")):
