@@ -161,7 +161,7 @@ def test_learning_rate_rises_linearly_and_falls_as_a_cosine():
 
 def test_the_ends_of_the_schedule_follow_from_the_other_flags():
     recipe = args("-learning_rate", 0.5, "-max_iters", 60)
-    assert (recipe.min_lr, recipe.warmup_iters) == (0.05, 20)
+    assert (recipe.min_lr, recipe.warmup_iters) == (0.15, 20)
     assert args("-max_iters", 10_000).warmup_iters == 150
     assert args("-optimizer", "muon").learning_rate > args().learning_rate
     assert args("-optimizer", "muon").min_lr == 0
