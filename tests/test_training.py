@@ -164,7 +164,7 @@ def test_the_ends_of_the_schedule_follow_from_the_other_flags():
     assert (recipe.min_lr, recipe.warmup_iters) == (0.15, 20)
     assert args("-max_iters", 10_000).warmup_iters == 150
     assert args("-optimizer", "muon").learning_rate > args().learning_rate
-    assert args("-optimizer", "muon").min_lr == 0
+    assert args("-optimizer", "muon", "-learning_rate", 0.5).min_lr == 0.05
 
 
 def test_dropout_follows_from_the_passes_over_the_text(texts):
