@@ -67,8 +67,8 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 TRAIN_ROWS, EVAL_ROWS, DROPOUT = range(3)
 
 LEARNING_RATES = {"adamw": 3e-3, "muon": 0.02}
-# Learning rate at the end, as a share of the highest. It need not fall to 0: the average of the weights settles what the
-# last steps leave open, and more is learnt on the way.
+# Learning rate at the end, as a share of the highest. It need not fall to 0: the average of the weights settles what
+# the last steps leave open, and more is learnt on the way.
 MIN_LR_SHARES = {"adamw": 0.3, "muon": 0.1}
 ADAMW_SHARE_BESIDE_MUON = 0.075  # of Muon's learning rate
 # The a, b and c of three polynomials that, one after another, bring every number from 0.003 to 1 near 1. Amsel et al.
