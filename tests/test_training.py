@@ -335,6 +335,25 @@ def test_what_can_not_be_compiled_is_trained_as_it_is(train, monkeypatch):
     assert "-compile on: can't be done here, training goes on without: no working compiler\n" in errors
 
 
+def test_the_average_of_the_weights_is_what_is_kept(train, texts):
+    train("-max_iters", 60, "-eval_interval", 60)  # so that the average follows the last three steps
+    state = read_model_file(texts / "model-01.state.pkl")
+    kept = read_model_file(texts / "model-01.pkl")["weights"]
+    assert_same(dict(kept), dict(state["training"]["average"]))
+    assert not kept["lm_head.weight"].equal(state["weights"]["lm_head.weight"])
+
+
+def test_the_average_follows_the_last_steps(texts):
+    run = new_run(texts, "-max_iters", 200)
+    start = run.average.lm_head.bias.clone()
+    with torch.no_grad():
+        run.model.lm_head.bias += 1
+    for _ in range(10):  # 5 % of the run
+        training.update_average(run.average, run.model, 200)
+    moved = run.average.lm_head.bias - start
+    torch.testing.assert_close(moved, torch.full_like(moved, 1 - 0.9**10))
+
+
 # Many processes ------------------------------------------------------------------------------------------------------
 
 ENDLESS = [*TINY, "-max_iters", 10**6, "-eval_interval", 10**6]
