@@ -639,8 +639,8 @@ def tar_members(stream: io.BufferedReader, header: bytes, check_headers: bool) -
                 skip(stream, size)
             else:
                 size = 0
-        skip(stream, -size % tarfile.BLOCKSIZE)
-        header = stream.read(tarfile.BLOCKSIZE)
+        padding = -size % tarfile.BLOCKSIZE
+        header = stream.read(padding + tarfile.BLOCKSIZE)[padding:]
     if check_headers and not ended:  # an .xz file has other means to know that it is whole
         raise Damaged("it is cut short")
 
@@ -667,9 +667,8 @@ def parse_pax(record: bytes) -> dict[bytes, bytes]:
 def read_member(name: str, stream: io.BufferedReader, size: int, counts: Counts) -> Iterator[bytes]:
     """Yield a document of a tar in pieces, or nothing if it is empty or no text."""
     head = read_exactly(stream, min(size, CHUNK))
-    not_text = find_signature(head)
-    if not_text:
-        counts.leave_out(not_text.kind, name)
+    if ANY_SIGNATURE.match(head):
+        counts.leave_out(find_signature(head).kind, name)
         skip(stream, size - len(head))
     elif size > CHUNK or head.startswith(UTF16_MARKS):
         rest = read_blocks(Window(stream, size - len(head)))
