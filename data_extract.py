@@ -640,7 +640,10 @@ def tar_members(stream: io.BufferedReader, header: bytes, check_headers: bool) -
             else:
                 size = 0
         padding = -size % tarfile.BLOCKSIZE
-        header = stream.read(padding + tarfile.BLOCKSIZE)[padding:]
+        block = stream.read(padding + tarfile.BLOCKSIZE)  # both at once, as calls cost more than bytes
+        if len(block) < padding:
+            raise Damaged("the tar in it is cut short")
+        header = block[padding:]
     if check_headers and not ended:  # an .xz file has other means to know that it is whole
         raise Damaged("it is cut short")
 
