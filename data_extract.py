@@ -258,6 +258,7 @@ def find_archives(data_dir: Path) -> tuple[list[Archive], dict[str, list[str]]]:
     archives = []
     passed_over = defaultdict(list)
     seen = {os.path.realpath(data_dir)}
+    # Sorted, so that of two links to one folder the same one is followed on every system.
     for folder, subfolders, files in os.walk(data_dir, onerror=fail, followlinks=True):
         entered = []
         for path in (Path(folder, name) for name in sorted(subfolders) + sorted(files)):
@@ -353,6 +354,7 @@ def archives_in_tar(outer: Archive, passed_over: dict[str, list[str]]) -> list[A
 def take_sample(archives: list[Archive], rate: float, seed: int) -> list[Archive]:
     """Return a reproducible share of the archives, in their order; a higher rate adds to what a lower one takes."""
     generator = random.Random(seed)
+    # Every archive draws a rank, whatever the rate: that is why a higher rate keeps what a lower one took.
     ranks = [generator.random() for _ in archives]
     count = max(1, round(rate * len(archives)))
     chosen = sorted(range(len(archives)), key=ranks.__getitem__)[:count]
@@ -487,6 +489,7 @@ def read_plain(archive: Archive, stream: io.BufferedReader, head: bytes, counts:
         head += stream.read(tarfile.RECORDSIZE - len(head))
         if not head.strip(b"\0") and not stream.peek(1):
             return
+    # A wrong signature is told at once, a wrong encoding at the end: it is a question of shares.
     not_text = find_signature(head)
     last = b"\n"
     if not not_text:
@@ -608,6 +611,7 @@ def tar_members(stream: io.BufferedReader, header: bytes, check_headers: bool) -
             header = stream.read(tarfile.BLOCKSIZE)
             continue
         if ended:
+            # Another tar begins here, perhaps of another format; anything else would be lost without a word.
             if not is_tar_header(header):
                 raise Damaged("what follows the end of the tar in it is no tar")
             magic = header[257:262]
@@ -616,6 +620,7 @@ def tar_members(stream: io.BufferedReader, header: bytes, check_headers: bool) -
             len(header) < tarfile.BLOCKSIZE or header[257:262] != magic or (check_headers and not is_tar_header(header))
         ):
             raise Damaged("the tar in it is damaged or cut short")
+        # The fields' places are those of the ustar format, which all tars since 1979 share.
         kind = header[156:157]
         size = parse_size(header[124:136])
         if kind in (b"L", b"x"):  # GNU tar's and POSIX pax's way to give the next member a long name or a huge size
@@ -639,8 +644,11 @@ def tar_members(stream: io.BufferedReader, header: bytes, check_headers: bool) -
                 skip(stream, size)
             else:
                 size = 0
-        skip(stream, -size % tarfile.BLOCKSIZE)
-        header = stream.read(tarfile.BLOCKSIZE)
+        padding = -size % tarfile.BLOCKSIZE
+        block = stream.read(padding + tarfile.BLOCKSIZE)  # both at once, as calls cost more than bytes
+        if len(block) < padding:
+            raise Damaged("the tar in it is cut short")
+        header = block[padding:]
     if check_headers and not ended:  # an .xz file has other means to know that it is whole
         raise Damaged("it is cut short")
 
@@ -667,9 +675,8 @@ def parse_pax(record: bytes) -> dict[bytes, bytes]:
 def read_member(name: str, stream: io.BufferedReader, size: int, counts: Counts) -> Iterator[bytes]:
     """Yield a document of a tar in pieces, or nothing if it is empty or no text."""
     head = read_exactly(stream, min(size, CHUNK))
-    not_text = find_signature(head)
-    if not_text:
-        counts.leave_out(not_text.kind, name)
+    if ANY_SIGNATURE.match(head):
+        counts.leave_out(find_signature(head).kind, name)
         skip(stream, size - len(head))
     elif size > CHUNK or head.startswith(UTF16_MARKS):
         rest = read_blocks(Window(stream, size - len(head)))
@@ -686,6 +693,7 @@ def read_long_member(name: str, pieces: Iterator[bytes], counts: Counts) -> Iter
     is_empty = True
     held = b""  # line ends that only the next piece shows to be trailing or not
     for piece in pieces:
+        # No more than a CHUNK of line ends is kept, so that a file of nothing else can't fill the memory.
         text = (held + piece).rstrip(b"\r\n")
         held = (held + piece)[len(text) :][:CHUNK]
         if not text:
@@ -785,6 +793,7 @@ def read_clean(
             data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
             counts.characters -= before - len(data)
         counts.size += len(data)
+        # Deleting what is known well enough leaves little to decode: text is mostly made of a hundred characters.
         frequent = bytes(np.flatnonzero(seen[:128] >= enough).tolist())
         more = np.bincount(code_points(data.translate(None, frequent)), minlength=len(seen))
         more[: len(seen)] += seen
@@ -876,6 +885,7 @@ def extract(
                     append(part, outputs.val)
                     val.add(counts)
                 progress.update(1, f"{(train.size + val.size) / 1e6:,.1f} MB of text")
+        # One archive can't be shared out whole, so its text is cut.
         if len(archives) == 1 and not left_out:
             cut_off_validation(outputs, train, val)
         if not train.characters or not val.characters:
@@ -904,6 +914,7 @@ def append(part: Path, path: Path) -> None:
 
 def extract_all(archives: list[Archive], parts: Path, workers: int | None, min_count: int) -> Iterator[Counts]:
     """Yield what came out of each archive, in order, while worker processes write their texts to files in `parts`."""
+    # Processes are spawned, not forked: that is the same on every system, and safe beside threads.
     workers = min(workers or available_cores(), len(archives), 61)  # Windows can't wait for more than 61 processes
     with starting_processes():
         pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker)
@@ -913,6 +924,7 @@ def extract_all(archives: list[Archive], parts: Path, workers: int | None, min_c
             for index, archive in enumerate(archives):
                 with starting_processes():
                     waiting.append(pool.submit(extract_archive, archive, parts / str(index), min_count))
+                # Finished texts wait on the disk for their turn; without a limit they could fill it.
                 if len(waiting) == AHEAD * workers:
                     yield waiting.popleft().result()
             while waiting:
@@ -969,6 +981,7 @@ def replace_together(outputs: Outputs) -> Iterator[tuple[Outputs, Path]]:
         clean_up()  # what a killed run has left
         parts.mkdir()
         yield temporary, parts
+        # What is renamed must be on the disk first, or a power cut could leave an empty file under the right name.
         for path in temporary:
             with name_file_in_errors(path), open(path, "r+b") as file:
                 os.fsync(file.fileno())
@@ -999,6 +1012,7 @@ def cut_off_validation(outputs: Outputs, train: Counts, val: Counts) -> None:
 
 def replace_rare(outputs: Outputs, parts: Path, train: Counts, val: Counts, min_count: int) -> None:
     """Put U+FFFD in the place of all characters that both texts together hold fewer than `min_count` times."""
+    # U+FFFD itself is never rare, since it is what rare characters become.
     seen = train.characters_seen + val.characters_seen
     rare = {character for character, count in seen.items() if count < min_count} - {REPLACEMENT}
     if not rare:
