@@ -327,6 +327,7 @@ def get_batch(text: Text, step: int, settings: Settings) -> tuple[torch.Tensor, 
 
     Seed and step alone decide which rows these are. Each process takes its share of them, B = batch_size / processes.
     """
+    # All processes draw all rows, which costs nothing, so that the same rows are seen whatever their number.
     offsets = text.draw_offsets(settings.batch_size, [settings.seed, step, TRAIN_ROWS])
     share = settings.batch_size // WORLD_SIZE
     rows = torch.from_numpy(text.rows(offsets[RANK * share :][:share]))
@@ -363,7 +364,7 @@ def update_average(average: GPTLanguageModel, model: GPTLanguageModel, max_iters
     Each step leaves the weights a little to one side of where they are going, another one each time. In the average
     that cancels out.
     """
-    share = min(1.0, 1 / (AVERAGED_SHARE * max_iters))
+    share = min(1.0, 1 / (AVERAGED_SHARE * max_iters))  # older weights fade: after 5 % of the run, a third is left
     for averaged, weight in zip(average.parameters(), model.parameters()):
         averaged.lerp_(weight, share)
 
@@ -436,6 +437,7 @@ class Optimizer:
             betas=(0.9, adamw_beta2(settings.batch_size * settings.block_size)),
             fused=True,
         )
+        # Muon's rate says how far a matrix turns; the rest needs a smaller one.
         self.parts: list[torch.optim.Optimizer] = [adamw]
         for group in adamw.param_groups:
             group["share"] = ADAMW_SHARE_BESIDE_MUON if taken else 1.0  # of the learning rate
@@ -522,6 +524,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     if WORLD_SIZE == 1:
         yield
         return
+    # Signals are agreed upon on the CPU, also where gradients are shared among GPUs.
     distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     yield
     distributed.destroy_process_group()
@@ -596,6 +599,7 @@ def mean_loss(model: GPTLanguageModel, rows: Rows, device: torch.device, dtype: 
         ids = torch.from_numpy(rows.text.rows(offsets, length)).to(device)
         with autocast(device, dtype):
             _, loss = model(ids[:, :-1], ids[:, 1:])
+        # Weigh each batch by its characters: the last one is shorter.
         count = ids[:, 1:].numel()
         totals += torch.stack([loss * count, torch.full_like(loss, count)])
     model.train(was_training)
@@ -621,6 +625,7 @@ def describe_evaluation(run: Run, is_best: bool) -> str:
 
 def sample_lines(model: GPTLanguageModel, vocabulary: Vocabulary, settings: Settings) -> list[str]:
     """Return two lines of what the model writes now, with a fixed seed, so that samples can be compared."""
+    # A generator of its own, so that a sample does not change the random numbers of the training.
     generator = torch.Generator(settings.device).manual_seed(settings.seed)
     start = torch.tensor([[vocabulary.ids.get("\n", 0)]], device=settings.device)
     banned_ids = vocabulary.banned_ids if len(vocabulary) > 1 else []
@@ -908,6 +913,7 @@ def describe_end(run: Run) -> None:
         )
     limit = max(1, settings.max_iters * settings.batch_size // 10)
     rows = choose_rows(text, limit, limit, settings)
+    # In float32, so that runs in different dtypes can be compared; from the file, so that the file is known to be good.
     model, _ = load_model(settings.model, settings.device)
     nats = mean_loss(model, rows, settings.device)
     share = "the whole"
@@ -1084,6 +1090,7 @@ def parse_resumed(
     content = read_model_file(source)
     state = content.get("training")
     check_state(state, model, source)
+    # The saved flags go through the same parser as a user's: a state may come from a stranger.
     try:
         saved = vars(parser.parse_args(state["arguments"]))
     except (TypeError, KeyError, AttributeError) as error:
@@ -1091,6 +1098,7 @@ def parse_resumed(
     start = Start(*build_model(content, source), state)
     fixed = saved.keys() - {*MAY_CHANGE_ON_RESUME, "max_iters"}
     args = parse_again(parser, arguments, {**saved, "model": model, "resume": True}, fixed, source)
+    # A shorter schedule would have had other learning rates in the steps that are done.
     if args.max_iters < saved["max_iters"]:
         parser.error(f"argument -max_iters: {source} has {saved['max_iters']}, which may only grow")
     if args.max_iters > saved["max_iters"]:
@@ -1207,6 +1215,7 @@ def starting_model(settings: Settings, start: Start | None) -> tuple[GPTLanguage
     vocabulary = Vocabulary.from_file(settings.data_dir / "vocab.txt")
     if start:
         vocabulary = Vocabulary(start.vocabulary.characters + vocabulary.characters)
+    # The new text's characters get rows of their own in the tables; the old ones keep theirs.
     shape = {name: getattr(settings, name) for name in SHAPE}
     model = GPTLanguageModel(len(vocabulary), dropout=settings.dropout, **shape)
     if start:
@@ -1246,6 +1255,7 @@ def run_training(settings: Settings, start: Start | None, interruption: Interrup
         keep_earlier_run(settings.model, settings.init_from)
     with process_group(settings.device):
         train(run, interruption)
+    # What follows needs no other process, so that none waits for one that has ended.
     if interruption.signal:
         save_state(run)
         message = f"interrupted after step {run.record.step}; to go on: {resume_command(settings)}"
@@ -1269,6 +1279,7 @@ def explain(error: Exception) -> str | None:
     """Return what to tell the user of an error that can be foreseen; None for any other."""
     if isinstance(error, (TrainingError, ModelFileError)):
         return str(error)
+    # An OSError without a file's name is one that nobody foresaw: whatever can be foreseen names its file.
     if isinstance(error, OSError) and error.filename is not None:
         hint = ""
         if isinstance(error, FileNotFoundError) and str(error.filename).endswith(".txt"):
