@@ -92,12 +92,11 @@ class MultiHeadAttention(nn.Module):
         weight = self.joined_weight() if cache is None else cache.weight
         qkv = linear(x, weight).view(B, T, 3, H, -1)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
-        q, kv = qkv[0], qkv[1:]
         if cache is None:
+            q, k, v = qkv
             visible = head.tril[:T, :T]
         else:
-            q, kv, visible = cache.append(q, kv)  # of all S time steps now: (2, B, H, S, D) and (T, S)
-        k, v = kv
+            q, k, v, visible = cache.append(qkv)  # keys and values of all S time steps now: (B, H, S, D)
 
         attend = fused_attention if fused_is_faster(q, head.dropout) else attention
         y = attend(q, k, v, visible, head.dropout)  # (B, H, T, D)
@@ -340,19 +339,21 @@ class Cache(nn.Module):
         """Return the positions (count,) of the time steps that follow those in the cache."""
         return self.length + torch.arange(count, device=self.length.device)
 
-    def append(self, q: torch.Tensor, kv: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Keep keys and values (2, B, H, T, D) of the next time steps.
+    def append(self, qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Keep keys and values of the next time steps, which come after the queries in (3, B, H, T, D).
 
         Returns queries, keys and values in the dtype of the cache, keys and values of all S time steps so far, and
         which of those each query sees (T, S). If `static`, S is block_size, and no query sees the empty rest.
         """
-        T = kv.shape[3]
+        T = qkv.shape[3]
         positions = self.next_positions(T)
-        self.kv.index_copy_(3, positions, kv.to(self.kv.dtype))
+        qkv = qkv.to(self.kv.dtype)
+        self.kv.index_copy_(3, positions, qkv[1:])
         self.length.add_(T)
         S = self.kv.shape[3] if self.static else int(self.length)
         visible = torch.arange(S, device=positions.device) <= positions[:, None]
-        return q.to(self.kv.dtype), self.kv[:, :, :, :S], visible
+        k, v = self.kv[:, :, :, :S]
+        return qkv[0], k, v, visible
 
 
 def fused_is_faster(q: torch.Tensor, dropout: Dropout) -> bool:
