@@ -5,7 +5,6 @@ the seconds it took. With FIRST and COUNT, that many mutated files follow; `muta
 that takes too long ends the process.
 """
 
-import copy
 import faulthandler
 import io
 import json
@@ -17,6 +16,7 @@ import zipfile
 from pathlib import Path
 
 import torch
+from steps import Steps, new_run
 
 import training
 from model import ModelFileError, Vocabulary, is_out_of_memory, load_model
@@ -74,18 +74,11 @@ def resume(path: Path) -> None:
     folder = path.parent
     name = path.name.removesuffix(".state.pkl") + ".pkl"
     settings, start = training.parse_args(["-resume", "-model", str(folder / name)])
-    changed = {"batch_size": 4, "eval_iters": 1, "data_dir": folder}  # however many there are now
+    endless = dict.fromkeys(("max_iters", "eval_interval", "save_interval"), 10**9)
+    changed = {"batch_size": 4, "eval_iters": 1, "data_dir": folder, **endless}  # however many there are now
     settings = training.Settings(**{**vars(settings), **changed})
-    texts = [
-        training.Text(folder / f"output_{name}.txt", start.vocabulary, settings.block_size) for name in ("train", "val")
-    ]
-    optimizer = training.Optimizer(start.model, settings)
-    run = training.Run(
-        settings, start.model, copy.deepcopy(start.model), start.vocabulary, *texts, optimizer, training.Record()
-    )
-    run = training.restore(run, start.state)
-    settings = training.Settings(**{**vars(settings), "max_iters": run.record.step + 1})
-    training.train(run._replace(settings=settings), training.Interruption())
+    run = training.restore(new_run(settings, start), start.state)
+    training.train(run, Steps(1))
 
 
 def outcome(path: Path) -> str:

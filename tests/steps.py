@@ -11,10 +11,10 @@ def settings_with(flags: list[str], **changed) -> training.Settings:
     return training.Settings(**{**vars(settings), **changed})
 
 
-def new_run(settings: training.Settings) -> training.Run:
+def new_run(settings: training.Settings, start: training.Start | None = None) -> training.Run:
     """Return a run at its beginning, on the texts in the folder of the settings."""
     training.torch.manual_seed(settings.seed)
-    model, vocabulary = training.starting_model(settings, None)
+    model, vocabulary = training.starting_model(settings, start)
     model.to(settings.device)
     texts = [
         training.Text(settings.data_dir / name, vocabulary, settings.block_size)

@@ -252,7 +252,7 @@ FILES = [
                     ("learning_rate", "0.5"),
                     ("optimizer", "muon"),
                     ("seed", "2"),
-                    ("dropout", "0.0"),
+                    ("dropout", "0.5"),
                     ("n_layer", "2"),
                     ("eval_interval", "9"),
                     ("init_from", "chat.pkl"),
