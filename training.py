@@ -1017,7 +1017,7 @@ def training_parser() -> argparse.ArgumentParser:
     flag("grad_accum", type=positive, default=1, help="parts of a step, one after another: takes less memory")
     block_sizes = bounded(int, 1, below=MAX_BLOCK_SIZE + 1)
     flag("block_size", type=block_sizes, default=128, help="characters that the model sees at once")
-    flag("max_iters", type=positive, default=500, help="optimizer steps")
+    flag("max_iters", type=positive, default=550, help="optimizer steps")
     flag("optimizer", choices=("adamw", "muon"), default="adamw", help="muon learns more per step, for the blocks")
     flag("learning_rate", type=real, help=f"highest learning rate, after the warm-up; without it, {rates}")
     flag("min_lr", type=real, help="learning rate at the end; without it, 0.3 of the highest with adamw, 0.1 with muon")
