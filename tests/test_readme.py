@@ -15,6 +15,7 @@ import shlex
 import sys
 import tarfile
 import zipfile
+from types import SimpleNamespace
 
 import benchmark
 import pytest
@@ -134,8 +135,10 @@ def run_command(reader, run_main, monkeypatch):
 
     def check_benchmark(arguments: list[str]) -> None:
         with monkeypatch.context() as patch:
-            patch.setattr(benchmark, "ROWS", dict.fromkeys(benchmark.ROWS, lambda folder: None))
+            patch.setattr(benchmark, "ROWS", dict.fromkeys(benchmark.ROWS, ()))
             patch.setattr(benchmark, "QUICK", ())
+            patch.setattr(benchmark, "DEVICE", SimpleNamespace(type="cuda"))  # or `-only gpu` would be refused
+            patch.setattr(torch.cuda, "get_device_name", lambda: "a card that is not asked for anything")
             patch.setattr(benchmark, "provide_text", lambda folder, data_dir: None)
             patch.setattr(benchmark, "load_nanogpt", lambda folder: None)
             patch.setattr(sys, "argv", ["benchmark.py", *arguments])
