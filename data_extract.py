@@ -130,17 +130,16 @@ ANY_SIGNATURE = re.compile(b"|".join(pattern for pattern, _, _ in SIGNATURES), r
 
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 SAMPLE = 64 << 10  # bytes by which an encoding is guessed
-ONE_BYTE = ("WINDOWS-1251", "KOI8-R", "WINDOWS-1252")
-ENCODINGS = {  # and the commonest characters of what is written in them
+# Encodings, and the commonest characters of what is written in them.
+SEVERAL_BYTES = {
     "GBK": "的一是不了在人有我他",
     "BIG5": "的一是不了在人有我他",
     "EUC-KR": "이다는의에을가고하지",
     "SHIFT_JIS": "のにはをたがでてとし",
     "EUC-JP": "のにはをたがでてとし",
-    "WINDOWS-1251": "оеаинтсрвл",
-    "KOI8-R": "оеаинтсрвл",
-    "WINDOWS-1252": "éèêàáâçíóúñäöüßåæø’“”–",
 }
+CYRILLIC = {"WINDOWS-1251": "оеаинтсрвл", "KOI8-R": "оеаинтсрвл"}
+WESTERN = {"WINDOWS-1252": "éèêàáâçíóúñäöüßåæø’“”–"}
 
 # Text may hold strange characters: byte sequences that are not UTF-8, control characters, runs of NULs. A run counts
 # once, since texts may be padded with any number of NULs, whereas binary data has short runs of them everywhere. Data
@@ -163,11 +162,9 @@ def find_signature(head: bytes) -> NotText | None:
 
 def count_control(data: bytes) -> int:
     """Return the number of control characters that text doesn't hold; a run of NULs counts once."""
-    if b"\0" not in data:
-        return len(data.translate(None, NO_CONTROL))
-    is_nul = np.frombuffer(data, dtype=np.uint8) == 0
-    repeated = np.count_nonzero(is_nul[1:] & is_nul[:-1])
-    return len(data.translate(None, NO_CONTROL)) - int(repeated)
+    if b"\0" in data:
+        data = re.sub(rb"\0+", b"\0", data)
+    return len(data.translate(None, NO_CONTROL))
 
 
 def take_strange(text: bytes) -> bytes:
@@ -185,8 +182,7 @@ def judge(text: bytes, characters: int, replaced: int, control: int) -> NotText 
     strange = replaced + control
     if strange < max(STRANGE_COUNT, STRANGE_SHARE * characters):
         return None
-    foreign = [encoding for encoding in ENCODINGS if encoding != "WINDOWS-1252"]  # of that, most is ASCII
-    encoding = guess_encoding(take_strange(text), foreign)
+    encoding = guess_encoding(take_strange(text), SEVERAL_BYTES | CYRILLIC)  # Western text is mostly ASCII
     if encoding:
         return NotText(f"text in another encoding (perhaps {encoding})", convert_from(encoding))
     if control > strange / 10:
@@ -198,28 +194,24 @@ def convert_from(encoding: str) -> str:
     return f"convert it with iconv -f {encoding} -t UTF-8"
 
 
-def guess_encoding(sample: bytes, encodings: Iterable[str]) -> str:
-    """Return the encoding in which a sample of text makes most sense, or "" if it makes none.
-
-    Text in an encoding of several bytes per character hardly ever follows the rules of another, so those are tried
-    first, by their commonest characters. Those of one byte have no rules and need better evidence.
-    """
+def guess_encoding(sample: bytes, encodings: dict[str, str]) -> str:
+    """Return the encoding in which a sample of text makes most sense, or "" if it makes none."""
     for encoding, nuls in (("UTF-16LE", sample[1::2]), ("UTF-16BE", sample[::2])):
         if nuls.count(0) > 0.4 * len(nuls) and sample.count(0) < 1.1 * nuls.count(0):
             return encoding
     shares = {}
-    for encoding in encodings:
+    for encoding, common in encodings.items():
         try:
             text = codecs.getincrementaldecoder(encoding)().decode(sample)  # the last character may be cut
         except UnicodeDecodeError:
             continue
         foreign = [character for character in text if character > "\x7f"]
-        common = sum(character in ENCODINGS[encoding] for character in foreign)
-        shares[encoding] = common / max(1, len(foreign))
-    several_bytes = [encoding for encoding in shares if encoding not in ONE_BYTE]
-    if several_bytes:
-        return max(several_bytes, key=shares.get)
-    return max((encoding for encoding in shares if shares[encoding] > 0.45), key=shares.get, default="")
+        shares[encoding] = sum(character in common for character in foreign) / max(1, len(foreign))
+    # Text in one of these hardly ever follows the rules of another. Encodings of one byte per character have no rules.
+    candidates = [encoding for encoding in shares if encoding in SEVERAL_BYTES]
+    if not candidates:
+        candidates = [encoding for encoding in shares if shares[encoding] > 0.45]
+    return max(candidates, key=shares.get, default="")
 
 
 # Finding archives ----------------------------------------------------------------------------------------------------
@@ -302,18 +294,13 @@ def reason_to_pass_over(path: Path, seen: set[str]) -> str:
 
 def reason_in_name(name: str) -> str:
     """Return why a file or a member of a tar with this name is no part of the corpus, or ""."""
-    if is_hidden(name):
+    parts = name.split("/")
+    # Editors and macOS (`._name`) leave hidden files beside the text.
+    if any(part.startswith(".") and part not in (".", "..") for part in parts):
         return "hidden"
-    if name.rpartition("/")[2].lower() in NEVER_CORPUS:
+    if parts[-1].lower() in NEVER_CORPUS:
         return "an output of these scripts, or requirements.txt"
     return ""
-
-
-def is_hidden(name: str) -> bool:
-    """Whether a path has a dotfile in it: editors and macOS (`._name`) leave such files beside the text."""
-    if not name.startswith(".") and "/." not in name:
-        return False
-    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
 
 
 def describe(passed_over: dict[str, list[str]]) -> list[str]:
@@ -357,8 +344,8 @@ def take_sample(archives: list[Archive], rate: float, seed: int) -> list[Archive
     # Every archive draws a rank, whatever the rate: that is why a higher rate keeps what a lower one took.
     ranks = [generator.random() for _ in archives]
     count = max(1, round(rate * len(archives)))
-    chosen = sorted(range(len(archives)), key=ranks.__getitem__)[:count]
-    return [archives[i] for i in sorted(chosen)]
+    last = sorted(ranks)[count - 1]
+    return [archive for archive, rank in zip(archives, ranks) if rank <= last]
 
 
 # Reading one archive -------------------------------------------------------------------------------------------------
@@ -769,11 +756,10 @@ def extract_archive(archive: Archive, part: Path, min_count: int) -> Counts:
     except Damaged as damage:
         return Counts(damage=str(damage))
     if counts.replaced > DOUBTFUL_SHARE * counts.characters:
-        encoding = guess_encoding(counts.sample, ONE_BYTE)
+        encoding = guess_encoding(counts.sample, CYRILLIC | WESTERN)
         reason = f"perhaps {encoding}; {convert_from(encoding)}" if encoding else "it may be damaged"
         share = counts.replaced / counts.characters
         counts.doubtful = [f"{archive.name}: {share:.1%} of its characters replaced, as not UTF-8 ({reason})"]
-    counts.sample = b""  # 64 KB, which the parent process has no use for
     return counts
 
 
@@ -1145,12 +1131,10 @@ def summarize(archives: list[Archive], train: Counts, val: Counts, left_out: lis
 
 def describe_left_out(train: Counts, val: Counts) -> list[str]:
     """Return a line for each kind of tars' members that are no corpus."""
-    both = Counts()
-    both.add(train)
-    both.add(val)
+    examples = val.examples | train.examples
     return [
-        f"members of tars left out ({kind}): {count:,}, such as {one_line(both.examples[kind])}"
-        for kind, count in both.left_out.most_common()
+        f"members of tars left out ({kind}): {count:,}, such as {one_line(examples[kind])}"
+        for kind, count in (train.left_out + val.left_out).most_common()
     ]
 
 
