@@ -378,11 +378,12 @@ class Counts:
         self.examples = other.examples | self.examples
         self.doubtful += other.doubtful
 
-    def add_strange(self, piece: bytes, replaced: int, control: int) -> None:
-        self.replaced += replaced
-        self.control += control
-        if not self.sample:
-            self.sample = take_strange(piece)
+    def add_piece(self, piece: bytes, characters: int, replaced: int, control: int) -> None:
+        self.characters += characters
+        if replaced or control:
+            self.replaced += replaced
+            self.control += control
+            self.sample = self.sample or take_strange(piece)
 
     def leave_out(self, kind: str, name: str) -> None:
         self.left_out[kind] += 1
@@ -424,9 +425,13 @@ class Unxz(io.RawIOBase):
         while not data:
             packed = b""
             if self.decompressor.eof:
-                packed = self.next_stream()
-                if not packed:
-                    return 0
+                # Another stream may follow, behind a padding of zeros.
+                packed = self.decompressor.unused_data.lstrip(b"\0")
+                while not packed:
+                    block = self.file.read(1 << 16)
+                    if not block:
+                        return 0
+                    packed = block.lstrip(b"\0")
                 self.start_stream()
             elif self.decompressor.needs_input:
                 packed = self.file.read(1 << 16)
@@ -435,16 +440,6 @@ class Unxz(io.RawIOBase):
             data = self.decompressor.decompress(packed, len(buffer))
         buffer[: len(data)] = data
         return len(data)
-
-    def next_stream(self) -> bytes:
-        """Return how the next stream begins, or b"": an .xz file may hold several in a row, padded with zeros."""
-        packed = self.decompressor.unused_data.lstrip(b"\0")
-        while not packed:
-            block = self.file.read(1 << 16)
-            if not block:
-                break
-            packed = block.lstrip(b"\0")
-        return packed
 
 
 def read_text(archive: Archive, counts: Counts) -> Iterator[bytes]:
@@ -476,24 +471,24 @@ def read_plain(archive: Archive, stream: io.BufferedReader, head: bytes, counts:
         head += stream.read(tarfile.RECORDSIZE - len(head))
         if not head.strip(b"\0") and not stream.peek(1):
             return
-    # A wrong signature is told at once, a wrong encoding at the end: it is a question of shares.
-    not_text = find_signature(head)
+    require_text(find_signature(head))
     last = b"\n"
-    if not not_text:
-        for piece in split_safely(to_utf8(chain([head], read_blocks(stream)))):
-            data, characters, replaced, control = clean(piece)
-            counts.characters += characters
-            if replaced or control:
-                counts.add_strange(piece, replaced, control)
-            last = data or last
-            yield data
-        not_text = judge(counts.sample, counts.characters, counts.replaced, counts.control)
-    if not_text:
-        raise Damaged(f"it holds {not_text.kind}, not UTF-8 text", not_text.remedy)
+    for piece in split_safely(to_utf8(head, stream)):
+        data, characters, replaced, control = clean(piece)
+        counts.add_piece(piece, characters, replaced, control)
+        last = data or last
+        yield data
+    # An encoding can be told only now: it is a question of shares.
+    require_text(judge(counts.sample, counts.characters, counts.replaced, counts.control))
     counts.documents += 1
-    if archive.name.lower().endswith(".txt") and not last.endswith(b"\n"):
+    if archive.name.lower().endswith(".txt") and not last.endswith((b"\n", b"\r")):
         counts.characters += 1
         yield b"\n"
+
+
+def require_text(not_text: NotText | None) -> None:
+    if not_text:
+        raise Damaged(f"it holds {not_text.kind}, not UTF-8 text", not_text.remedy)
 
 
 def read_blocks(file) -> Iterator[bytes]:
@@ -501,15 +496,14 @@ def read_blocks(file) -> Iterator[bytes]:
         yield block
 
 
-def to_utf8(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """Drop a byte-order mark, and decode UTF-16 if that is what the mark tells."""
-    first = next(blocks, b"")
-    if not first.startswith(UTF16_MARKS):
-        yield first.removeprefix(codecs.BOM_UTF8)
-        yield from blocks
+def to_utf8(head: bytes, file) -> Iterator[bytes]:
+    """Yield `head` and the rest of a file without a byte-order mark, decoded if the mark is that of UTF-16."""
+    if not head.startswith(UTF16_MARKS):
+        yield head.removeprefix(codecs.BOM_UTF8)
+        yield from read_blocks(file)
         return
     decoder = codecs.getincrementaldecoder("utf-16")("surrogatepass")
-    for block in chain([first], blocks):
+    for block in chain([head], read_blocks(file)):
         yield decoder.decode(block).encode("utf-8", "surrogatepass")
     if decoder.getstate()[0]:  # half a character at the end becomes a byte that is no UTF-8 either, so it is counted
         yield b"\xff"
@@ -603,9 +597,8 @@ def tar_members(stream: io.BufferedReader, header: bytes, check_headers: bool) -
                 raise Damaged("what follows the end of the tar in it is no tar")
             magic = header[257:262]
             ended = False
-        elif (
-            len(header) < tarfile.BLOCKSIZE or header[257:262] != magic or (check_headers and not is_tar_header(header))
-        ):
+        is_sound = len(header) == tarfile.BLOCKSIZE and header[257:262] == magic
+        if not is_sound or (check_headers and not is_tar_header(header)):
             raise Damaged("the tar in it is damaged or cut short")
         # The fields' places are those of the ustar format, which all tars since 1979 share.
         kind = header[156:157]
@@ -618,9 +611,8 @@ def tar_members(stream: io.BufferedReader, header: bytes, check_headers: bool) -
             path = header[:100]
             if header[257:263] == b"ustar\0":
                 path = header[345:500].rstrip(b"\0") + b"/" + path
-            if extended:
-                size = int(extended.get(b"size", size))
-                path = extended.get(b"path", path)
+            size = int(extended.get(b"size", size))
+            path = extended.get(b"path", path)
             name = path.rstrip(b"\0").decode("utf-8", "replace")
             if kind == b"S" or b"GNU.sparse" in extended:  # its content is a map and pieces
                 raise Damaged(f"it holds a sparse file, {name!r}", "unpack it with tar -xf")
@@ -660,58 +652,42 @@ def parse_pax(record: bytes) -> dict[bytes, bytes]:
 
 
 def read_member(name: str, stream: io.BufferedReader, size: int, counts: Counts) -> Iterator[bytes]:
-    """Yield a document of a tar in pieces, or nothing if it is empty or no text."""
+    """Yield a document of a tar in pieces, or nothing if it is empty or no text.
+
+    That is judged by its first piece: when the next one is read, the first has been written.
+    """
     head = read_exactly(stream, min(size, CHUNK))
-    if ANY_SIGNATURE.match(head):
-        counts.leave_out(find_signature(head).kind, name)
+    not_text = find_signature(head)
+    if not_text:
+        counts.leave_out(not_text.kind, name)
         skip(stream, size - len(head))
-    elif size > CHUNK or head.startswith(UTF16_MARKS):
-        rest = read_blocks(Window(stream, size - len(head)))
-        yield from read_long_member(name, split_safely(to_utf8(chain([head], rest))), counts)
-    else:
-        text = admit(name, head.removeprefix(codecs.BOM_UTF8).rstrip(b"\r\n"), counts)
-        if text:
-            counts.documents += 1
-            counts.characters += 2
-            yield text + b"\n\n"
-
-
-def read_long_member(name: str, pieces: Iterator[bytes], counts: Counts) -> Iterator[bytes]:
+        return
+    pieces = iter([head.removeprefix(codecs.BOM_UTF8)])
+    if size > CHUNK or head.startswith(UTF16_MARKS):
+        pieces = split_safely(to_utf8(head, Window(stream, size - len(head))))
     is_empty = True
-    held = b""  # line ends that only the next piece shows to be trailing or not
+    ends = b""  # line ends that only the next piece shows to be trailing or not
     for piece in pieces:
-        # No more than a CHUNK of line ends is kept, so that a file of nothing else can't fill the memory.
-        text = (held + piece).rstrip(b"\r\n")
-        held = (held + piece)[len(text) :][:CHUNK]
+        piece = ends + piece
+        text = piece.rstrip(b"\r\n")
+        ends = piece[len(text) :][:CHUNK]  # no more, so that a file of nothing else can't fill the memory
         if not text:
             continue
-        text = admit(name, text, counts, is_first=is_empty)
-        if not text:
+        data, characters, replaced, control = clean(text)
+        if is_empty:
+            not_text = judge(text, characters, replaced, control)
+        if not_text:
+            counts.leave_out(not_text.kind, name)
             for _ in pieces:  # the next member begins after the rest of this one
                 pass
             return
+        counts.add_piece(text, characters, replaced, control)
         is_empty = False
-        yield text
+        yield data
     if not is_empty:
         counts.documents += 1
         counts.characters += 2
         yield b"\n\n"
-
-
-def admit(name: str, text: bytes, counts: Counts, is_first: bool = True) -> bytes:
-    """Count a piece of a document and return it clean, or b"" if the document is no text.
-
-    That is judged by a document's first piece: when the next one is read, the first has been written.
-    """
-    data, characters, replaced, control = clean(text)
-    if replaced or control:
-        not_text = judge(text, characters, replaced, control) if is_first else None
-        if not_text:
-            counts.leave_out(not_text.kind, name)
-            return b""
-        counts.add_strange(text, replaced, control)
-    counts.characters += characters
-    return data
 
 
 def read_exactly(stream: io.BufferedReader, size: int) -> bytes:
