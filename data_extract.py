@@ -294,11 +294,10 @@ def reason_to_pass_over(path: Path, seen: set[str]) -> str:
 
 def reason_in_name(name: str) -> str:
     """Return why a file or a member of a tar with this name is no part of the corpus, or ""."""
-    parts = name.split("/")
-    # Editors and macOS (`._name`) leave hidden files beside the text.
-    if any(part.startswith(".") and part not in (".", "..") for part in parts):
+    # Editors and macOS (`._name`) leave hidden files beside the text. Most names are cleared without looking at parts.
+    if "/." in f"/{name}" and any(part.startswith(".") and part not in (".", "..") for part in name.split("/")):
         return "hidden"
-    if parts[-1].lower() in NEVER_CORPUS:
+    if name.rpartition("/")[2].lower() in NEVER_CORPUS:
         return "an output of these scripts, or requirements.txt"
     return ""
 
@@ -611,8 +610,9 @@ def tar_members(stream: io.BufferedReader, header: bytes, check_headers: bool) -
             path = header[:100]
             if header[257:263] == b"ustar\0":
                 path = header[345:500].rstrip(b"\0") + b"/" + path
-            size = int(extended.get(b"size", size))
-            path = extended.get(b"path", path)
+            if extended:
+                size = int(extended.get(b"size", size))
+                path = extended.get(b"path", path)
             name = path.rstrip(b"\0").decode("utf-8", "replace")
             if kind == b"S" or b"GNU.sparse" in extended:  # its content is a map and pieces
                 raise Damaged(f"it holds a sparse file, {name!r}", "unpack it with tar -xf")
@@ -662,7 +662,7 @@ def read_member(name: str, stream: io.BufferedReader, size: int, counts: Counts)
         counts.leave_out(not_text.kind, name)
         skip(stream, size - len(head))
         return
-    pieces = iter([head.removeprefix(codecs.BOM_UTF8)])
+    pieces = [head.removeprefix(codecs.BOM_UTF8)]
     if size > CHUNK or head.startswith(UTF16_MARKS):
         pieces = split_safely(to_utf8(head, Window(stream, size - len(head))))
     is_empty = True
