@@ -38,7 +38,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import numpy as np
 from tqdm import tqdm
@@ -707,9 +707,8 @@ def skip(stream: io.BufferedReader, size: int) -> None:
 
 def start_worker() -> None:
     """Let the parent decide what to do about Ctrl-C and a closed terminal, which reach every process."""
-    for name in ("SIGINT", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in {*ALL_SIGNALS} - {signal.SIGTERM}:
+        signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ALL_SIGNALS)  # the parent held them while it started this process
     threading.Thread(target=end_with_parent, daemon=True).start()
@@ -745,10 +744,11 @@ def read_clean(
     """Yield an archive's clean text, with `\\n` line ends, in chunks, and count what is in it. Raises Damaged.
 
     An ASCII character is counted only up to `enough` per process, then skipped: counting all costs 7 s per GB, this
-    0.4 s. `ascii_counts` holds those of earlier archives.
+    0.4 s. `ascii_counts` holds what earlier archives had of each.
     """
-    earlier = np.zeros(128, dtype=np.int64) if ascii_counts is None else ascii_counts
-    seen = earlier.copy()  # by code point
+    if ascii_counts is None:
+        ascii_counts = np.zeros(128, dtype=np.int64)
+    known = ascii_counts.copy()
     for data in join_pieces(read_text(archive, counts)):
         if b"\r" in data:
             before = len(data)
@@ -756,15 +756,14 @@ def read_clean(
             counts.characters -= before - len(data)
         counts.size += len(data)
         # Deleting what is known well enough leaves little to decode: text is mostly made of a hundred characters.
-        frequent = bytes(np.flatnonzero(seen[:128] >= enough).tolist())
-        more = np.bincount(code_points(data.translate(None, frequent)), minlength=len(seen))
-        more[: len(seen)] += seen
-        seen = more
+        frequent = bytes(np.flatnonzero(known >= enough).tolist())
+        utf_32 = data.translate(None, frequent).decode().encode("utf-32-le")
+        found = np.bincount(np.frombuffer(utf_32, dtype="<u4"), minlength=128)  # by code point
+        known += found[:128]
+        codes = np.flatnonzero(found)
+        counts.characters_seen.update(dict(zip(map(chr, codes.tolist()), found[codes].tolist())))
         yield data
-    seen[:128] -= earlier
-    earlier += seen[:128]
-    codes = np.flatnonzero(seen)
-    counts.characters_seen = Counter({chr(code): count for code, count in zip(codes.tolist(), seen[codes].tolist())})
+    ascii_counts[:] = known  # only now: what a damaged archive holds is not counted
 
 
 def join_pieces(pieces: Iterable[bytes]) -> Iterator[bytes]:
@@ -781,19 +780,7 @@ def join_pieces(pieces: Iterable[bytes]) -> Iterator[bytes]:
     yield b"".join(waiting)
 
 
-def code_points(data: bytes) -> np.ndarray:
-    return np.frombuffer(data.decode().encode("utf-32-le"), dtype=np.uint32)
-
-
 # The whole corpus ----------------------------------------------------------------------------------------------------
-
-
-class Outputs(NamedTuple):
-    """The three files, or temporary ones for them."""
-
-    train: Path
-    val: Path
-    vocab: Path
 
 
 class Progress:
@@ -829,7 +816,8 @@ def extract(
     train, val = Counts(), Counts()
     left_out = []
     first_val = count_training(archives)
-    with replace_together(Outputs(*(output_dir / name for name in OUTPUT_NAMES))) as (outputs, parts):
+    with replace_together([output_dir / name for name in OUTPUT_NAMES]) as (temporary, parts):
+        train_path, val_path, vocab_path = temporary
         progress = Progress("extracting", len(archives), unit=" archives")
         with progress.bar:
             for index, counts in enumerate(extract_all(archives, parts, workers, min_count)):
@@ -841,21 +829,24 @@ def extract(
                     part.unlink()
                     left_out.append(f"{name}: {counts.damage}")
                 elif index < first_val:
-                    append(part, outputs.train)
+                    append(part, train_path)
                     train.add(counts)
                 else:
-                    append(part, outputs.val)
+                    append(part, val_path)
                     val.add(counts)
                 progress.update(1, f"{(train.size + val.size) / 1e6:,.1f} MB of text")
         # One archive can't be shared out whole, so its text is cut.
         if len(archives) == 1 and not left_out:
-            cut_off_validation(outputs, train, val)
+            cut_off_validation(train_path, val_path, train, val)
         if not train.characters or not val.characters:
             problem = "too little text: training and validation both need some; add more"
             raise DataError("; ".join([problem, *left_out, *describe_left_out(train, val)]))
-        replace_rare(outputs, parts, train, val, min_count)
+        rare = find_rare(train.characters_seen + val.characters_seen, min_count)
+        if rare:
+            replace_rare(rare, train_path, train, parts)
+            replace_rare(rare, val_path, val, parts)
         vocabulary = sorted(train.characters_seen | val.characters_seen)
-        with name_file_in_errors(outputs.vocab), open(outputs.vocab, "w", encoding="utf-8", newline="\n") as file:
+        with name_file_in_errors(vocab_path), open_text(vocab_path, "w") as file:
             file.writelines(f"{character}\n" for character in vocabulary)
     return train, val, left_out
 
@@ -917,18 +908,20 @@ def starting_processes() -> Iterator[None]:
 
 
 def available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # Linux, where a container may have fewer cores than the machine
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 @contextmanager
-def replace_together(outputs: Outputs) -> Iterator[tuple[Outputs, Path]]:
+def replace_together(outputs: list[Path]) -> Iterator[tuple[list[Path], Path]]:
     """Give temporary paths to write to, which replace `outputs` if the block succeeds, and a folder for the meantime.
 
     An output that is a link stays one: what it leads to, perhaps on a bigger disk, is replaced.
     """
-    finals = Outputs(*(Path(os.path.realpath(path)) for path in outputs))
-    temporary = Outputs(*(path.with_name(path.name + ".tmp") for path in finals))
-    parts = finals.train.with_name("output_parts.tmp")
+    finals = [Path(os.path.realpath(path)) for path in outputs]
+    temporary = [path.with_name(path.name + ".tmp") for path in finals]
+    parts = finals[0].with_name("output_parts.tmp")
     for path in [*outputs, *temporary]:
         if path.exists() and not path.is_file():
             kind = "a folder" if path.is_dir() else "no ordinary file"
@@ -953,51 +946,48 @@ def replace_together(outputs: Outputs) -> Iterator[tuple[Outputs, Path]]:
         clean_up()
 
 
-def cut_off_validation(outputs: Outputs, train: Counts, val: Counts) -> None:
+def cut_off_validation(train_path: Path, val_path: Path, train: Counts, val: Counts) -> None:
     """Move the end of the training text, from character `int(0.9 * characters)` on, to the validation text."""
     keep = int(TRAIN_SHARE * train.characters)
-    offset = 0  # in bytes
     left = keep
-    with name_file_in_errors(outputs.val), open(outputs.train, "r+b") as old, open(outputs.val, "wb") as new:
-        for piece in split_safely(read_blocks(old)):
-            kept = piece.decode()[:left]
-            offset += len(kept.encode())
-            left -= len(kept)
-            if not left:
-                break
-        old.seek(offset)
+    size = 0
+    with name_file_in_errors(val_path), open_text(train_path) as old, open_text(val_path, "w") as new:
+        while piece := old.read(min(left, CHUNK)):
+            left -= len(piece)
+            size += len(piece.encode())
         shutil.copyfileobj(old, new, CHUNK)
-        old.truncate(offset)
-    val.characters, val.size = train.characters - keep, train.size - offset
-    train.characters, train.size = keep, offset
+    os.truncate(train_path, size)
+    val.characters, val.size = train.characters - keep, train.size - size
+    train.characters, train.size = keep, size
 
 
-def replace_rare(outputs: Outputs, parts: Path, train: Counts, val: Counts, min_count: int) -> None:
-    """Put U+FFFD in the place of all characters that both texts together hold fewer than `min_count` times."""
+def open_text(path: Path, mode: str = "r") -> TextIO:
+    return open(path, mode, encoding="utf-8", newline="")  # as it is: line ends are not translated
+
+
+def find_rare(seen: Counter[str], min_count: int) -> set[str]:
+    """Return the characters seen fewer than `min_count` times. Raises DataError if no other is left."""
     # U+FFFD itself is never rare, since it is what rare characters become.
-    seen = train.characters_seen + val.characters_seen
     rare = {character for character, count in seen.items() if count < min_count} - {REPLACEMENT}
-    if not rare:
-        return
-    if not seen.keys() - rare - {REPLACEMENT}:
+    if rare and not seen.keys() - rare - {REPLACEMENT}:
         raise DataError(f"no character is seen {min_count:,} times; lower -min_count or add more text")
+    return rare
+
+
+def replace_rare(rare: set[str], path: Path, counts: Counts, parts: Path) -> None:
+    """Put U+FFFD in the place of the rare characters of a text, which is written anew in the folder `parts`."""
     pattern = re.compile(f"[{re.escape(''.join(rare))}]")
-    for path, counts in ((outputs.train, train), (outputs.val, val)):
-        substitute(pattern, path, parts / path.name)
-        counts.size = path.stat().st_size
-        counts.rare = Counter({character: counts.characters_seen.pop(character, 0) for character in rare})
-        counts.characters_seen[REPLACEMENT] += counts.rare.total()
-
-
-def substitute(pattern: re.Pattern, path: Path, new: Path) -> None:
-    """Replace a text by one with U+FFFD for what matches the pattern."""
-    progress = Progress("replacing", path.stat().st_size, unit="B", unit_scale=True)
-    with progress.bar, name_file_in_errors(path), open(path, "rb") as old, open(new, "wb") as file:
-        for piece in split_safely(read_blocks(old)):
-            file.write(pattern.sub(REPLACEMENT, piece.decode()).encode())
+    new_path = parts / path.name
+    progress = Progress("replacing", counts.characters, unit=" characters", unit_scale=True)
+    with progress.bar, name_file_in_errors(path), open_text(path) as old, open_text(new_path, "w") as new:
+        for piece in read_blocks(old):
+            new.write(pattern.sub(REPLACEMENT, piece))
             progress.update(len(piece), f"in {path.name.removesuffix('.tmp')}")
     path.unlink()
-    shutil.move(new, path)  # `path` may be on another disk
+    shutil.move(new_path, path)  # `path` may be on another disk
+    counts.size = path.stat().st_size
+    counts.rare = Counter({character: counts.characters_seen.pop(character, 0) for character in rare})
+    counts.characters_seen[REPLACEMENT] += counts.rare.total()
 
 
 # The built-in sample -------------------------------------------------------------------------------------------------
