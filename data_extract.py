@@ -147,24 +147,23 @@ WESTERN = {"WINDOWS-1252": "éèêàáâçíóúñäöüßåæø’“”–"}
 STRANGE_SHARE = 0.2
 STRANGE_COUNT = 8  # fewer are no evidence
 DOUBTFUL_SHARE = 0.01  # an archive with more invalid sequences than this is named in the summary
-CONTROL = bytes({*range(32)} - {*b"\a\b\t\n\v\f\r\x1b"})
-NO_CONTROL = bytes({*range(256)} - {*CONTROL})
+TEXT_BYTES = bytes({*range(32, 256), *b"\a\b\t\n\v\f\r\x1b"})  # all but the control characters that text lacks
 
 
 def find_signature(head: bytes) -> NotText | None:
     """Return what kind of file begins like this, or None if it may be text."""
-    if not ANY_SIGNATURE.match(head):
-        return None
-    for pattern, name, remedy in SIGNATURES:
-        if re.match(pattern, head, re.DOTALL):
-            return NotText(f"{name} data", remedy)
+    if ANY_SIGNATURE.match(head):
+        for pattern, kind, remedy in SIGNATURES:
+            if re.match(pattern, head, re.DOTALL):
+                return NotText(f"{kind} data", remedy)
+    return None
 
 
 def count_control(data: bytes) -> int:
-    """Return the number of control characters that text doesn't hold; a run of NULs counts once."""
+    """Return the number of control characters that text lacks; a run of NULs counts once."""
     if b"\0" in data:
         data = re.sub(rb"\0+", b"\0", data)
-    return len(data.translate(None, NO_CONTROL))
+    return len(data.translate(None, TEXT_BYTES))
 
 
 def take_strange(text: bytes) -> bytes:
@@ -196,6 +195,7 @@ def convert_from(encoding: str) -> str:
 
 def guess_encoding(sample: bytes, encodings: dict[str, str]) -> str:
     """Return the encoding in which a sample of text makes most sense, or "" if it makes none."""
+    # In UTF-16, every other byte of most texts is a NUL.
     for encoding, nuls in (("UTF-16LE", sample[1::2]), ("UTF-16BE", sample[::2])):
         if nuls.count(0) > 0.4 * len(nuls) and sample.count(0) < 1.1 * nuls.count(0):
             return encoding
@@ -253,20 +253,21 @@ def find_archives(data_dir: Path) -> tuple[list[Archive], dict[str, list[str]]]:
     # Sorted, so that of two links to one folder the same one is followed on every system.
     for folder, subfolders, files in os.walk(data_dir, onerror=fail, followlinks=True):
         entered = []
-        for path in (Path(folder, name) for name in sorted(subfolders) + sorted(files)):
-            name = path.relative_to(data_dir).as_posix()
+        for name in sorted(subfolders) + sorted(files):
+            path = Path(folder, name)
+            shown = path.relative_to(data_dir).as_posix()
             reason = reason_to_pass_over(path, seen)
             if reason:
-                passed_over[reason].append(name)
-            elif path.name in subfolders:
-                entered.append(path.name)
+                passed_over[reason].append(shown)
+            elif name in subfolders:
+                entered.append(name)
             else:
-                archive = Archive(name, path, 0, path.stat().st_size)
+                archive = Archive(shown, path, 0, path.stat().st_size)
                 archives += archives_in_tar(archive, passed_over) if archive.is_tar else [archive]
         subfolders[:] = entered
     if not archives:
         problem = f"{data_dir}: holds no .tar, .xz or .txt file; put your archives or texts there"
-        raise DataError("; ".join([problem, *describe(passed_over)]))
+        raise DataError("; ".join([problem, *describe_passed_over(passed_over)]))
     return sorted(archives, key=lambda archive: (archive.name.rpartition("/")[2], archive.name)), passed_over
 
 
@@ -302,7 +303,7 @@ def reason_in_name(name: str) -> str:
     return ""
 
 
-def describe(passed_over: dict[str, list[str]]) -> list[str]:
+def describe_passed_over(passed_over: dict[str, list[str]]) -> list[str]:
     """Return a line for each reason, with some examples."""
     lines = []
     for reason, names in passed_over.items():
@@ -562,14 +563,14 @@ def is_tar_header(block: bytes) -> bool:
 def read_tar(archive: Archive, stream: io.BufferedReader, header: bytes, counts: Counts) -> Iterator[bytes]:
     """Yield the documents of a tar, each without trailing newlines and followed by one blank line."""
     for name, size in tar_members(stream, header, check_headers=not archive.is_xz):
-        ending = name[-4:].lower()
         reason = reason_in_name(name)
+        lower = name.lower()
         if reason:
             counts.leave_out(reason, name)
             skip(stream, size)
-        elif not ending.endswith((".xz", ".tar")):
+        elif not lower.endswith((".xz", ".tar")):
             yield from read_member(name, stream, size, counts)
-        elif archive.is_tar and ending != ".tar":
+        elif archive.is_tar and lower.endswith(".xz"):
             skip(stream, size)  # an archive of its own, see archives_in_tar
         else:
             raise Damaged(f"it holds another archive, {name!r}", "unpack the outer one with tar -xf")
@@ -617,12 +618,12 @@ def tar_members(stream: io.BufferedReader, header: bytes, check_headers: bool) -
             if kind == b"S" or b"GNU.sparse" in extended:  # its content is a map and pieces
                 raise Damaged(f"it holds a sparse file, {name!r}", "unpack it with tar -xf")
             extended = {}
-            if kind in (b"0", b"\0", b"7") and not name.endswith("/"):
-                yield name, size
-            elif kind not in b"123456":  # links, devices and folders have no content, whatever size they name
-                skip(stream, size)
-            else:
+            if kind in b"123456":  # links, devices and folders have no content, whatever size they name
                 size = 0
+            elif kind in (b"0", b"\0", b"7") and not name.endswith("/"):
+                yield name, size
+            else:
+                skip(stream, size)
         padding = -size % tarfile.BLOCKSIZE
         block = stream.read(padding + tarfile.BLOCKSIZE)  # both at once, as calls cost more than bytes
         if len(block) < padding:
@@ -1057,7 +1058,7 @@ def run(args: argparse.Namespace) -> None:
 def extract_folder(data_dir: Path, args: argparse.Namespace) -> None:
     started = time.perf_counter()
     archives, passed_over = find_archives(data_dir)
-    for line in describe(passed_over):
+    for line in describe_passed_over(passed_over):
         notify(line)
     archives = take_sample(archives, args.sample_rate, args.seed)
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -1117,6 +1118,7 @@ def main() -> int:
     tqdm.monitor_interval = 0  # no thread of its own, which could receive a signal that is held
     try:
         run(args)
+        return 0
     except DataError as error:
         message = str(error)
     except OSError as error:
@@ -1129,8 +1131,6 @@ def main() -> int:
     except KeyboardInterrupt:
         notify("data_extract.py: interrupted; nothing was changed")
         return 128 + signal.SIGINT
-    else:
-        return 0
     notify(f"data_extract.py: {message}")
     return 1
 
