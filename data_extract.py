@@ -48,13 +48,16 @@ OUTPUT_NAMES = ("output_train.txt", "output_val.txt", "vocab.txt")
 NEVER_CORPUS = {*OUTPUT_NAMES, "train_split.txt", "val_split.txt", "requirements.txt"}
 TRAIN_SHARE = 0.9
 
-READ_SIZE = 256 << 10  # bytes unpacked at once, few enough to stay in a core's cache
+READ_SIZE = 256 << 10  # bytes read or unpacked at once, few enough to stay in a core's cache
 CHUNK = 4 << 20  # bytes of text cleaned at once
 AHEAD = 4  # archives per worker that may be unpacked before it is their turn to be written
 XZ_MEMORY = 128 << 20  # `xz -9` needs 65 MB to unpack; a file that asks for more than this is refused
 FEW = 10  # archives that the summary names
 STATUS_SECONDS = 60  # between two lines of progress in a log file
+END_MARK = bytes(tarfile.BLOCKSIZE)  # NULs end a tar
+UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 REPLACEMENT = "\ufffd"
+ELSEWHERE = 'see README, "Other kinds of data"'
 
 ENDING_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows lacks one
 ALL_SIGNALS = [signal.SIGINT, *ENDING_SIGNALS]
@@ -89,131 +92,6 @@ def notify(message: str) -> None:
     print(one_line(message), file=sys.stderr)
 
 
-# Telling text from other data ----------------------------------------------------------------------------------------
-
-
-class NotText(NamedTuple):
-    kind: str
-    remedy: str
-
-
-ELSEWHERE = 'see README, "Other kinds of data"'
-NO_USE = "take it out of the folder"
-# How files of other kinds begin. Where a beginning is made of letters, so that a text may begin with it, more is asked.
-SIGNATURES = [
-    (rb"\x1f\x8b\x08", "gzip", "unpack it with gunzip"),
-    (rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90)", "bzip2", "unpack it with bunzip2"),
-    (rb"\x28\xb5\x2f\xfd", "zstd", "unpack it with zstd -d"),
-    (rb"\xfd7zXZ\0", "xz", "unpack it with xz -d"),
-    (rb"\x04\x22\x4d\x18", "lz4", "unpack it with lz4 -d"),
-    (rb"PK(?:\x03\x04|\x05\x06|\x07\x08)", "zip or Office (.docx)", f"unpack it with unzip, or {ELSEWHERE}"),
-    (rb"7z\xbc\xaf\x27\x1c", "7z", "unpack it with 7z x"),
-    (rb"Rar!\x1a\x07", "rar", "unpack it with unrar x"),
-    (rb".{257}ustar", "tar", "unpack it with tar -xf"),
-    (rb"PAR1[\0-\x08\x0e-\x1f]", "parquet", ELSEWHERE),
-    (rb"ARROW1\0\0", "Arrow", ELSEWHERE),
-    (rb"SQLite format 3\0", "SQLite", ELSEWHERE),
-    (rb"%PDF-\d\.\d", "PDF", ELSEWHERE),
-    (rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "Office (.doc)", ELSEWHERE),
-    (rb"\x89PNG\r\n\x1a\n", "PNG", NO_USE),
-    (rb"\xff\xd8\xff", "JPEG", NO_USE),
-    (rb"GIF8[79]a.[\0-\x1f].[\0-\x1f]", "GIF", NO_USE),
-    (rb"RIFF.{4}(?:WAVE|WEBP|AVI )", "RIFF (.wav, .webp, .avi)", NO_USE),
-    (rb"OggS\0", "Ogg", NO_USE),
-    (rb"ID3[\x02-\x04]\0|\xff[\xf2\xf3\xfa\xfb]", "MP3", NO_USE),
-    (rb"\0\0\0.ftyp", "MP4", NO_USE),
-    (rb"\x7fELF", "Linux program", NO_USE),
-    (rb"MZ...\0", "Windows program", NO_USE),
-]
-# One pattern for all of them: it takes 0.3 microseconds per document, of the 50 that unpacking and cleaning take.
-ANY_SIGNATURE = re.compile(b"|".join(pattern for pattern, _, _ in SIGNATURES), re.DOTALL)
-
-UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-SAMPLE = 64 << 10  # bytes by which an encoding is guessed
-# Encodings, and the commonest characters of what is written in them.
-SEVERAL_BYTES = {
-    "GBK": "的一是不了在人有我他",
-    "BIG5": "的一是不了在人有我他",
-    "EUC-KR": "이다는의에을가고하지",
-    "SHIFT_JIS": "のにはをたがでてとし",
-    "EUC-JP": "のにはをたがでてとし",
-}
-CYRILLIC = {"WINDOWS-1251": "оеаинтсрвл", "KOI8-R": "оеаинтсрвл"}
-WESTERN = {"WINDOWS-1252": "éèêàáâçíóúñäöüßåæø’“”–"}
-
-# Text may hold strange characters: byte sequences that are not UTF-8, control characters, runs of NULs. A run counts
-# once, since texts may be padded with any number of NULs, whereas binary data has short runs of them everywhere. Data
-# is no text if a fifth of its characters are strange: GBK read as UTF-8 has 69 %, French in Windows-1252 4 %.
-STRANGE_SHARE = 0.2
-STRANGE_COUNT = 8  # fewer are no evidence
-DOUBTFUL_SHARE = 0.01  # an archive with more invalid sequences than this is named in the summary
-TEXT_BYTES = bytes({*range(32, 256), *b"\a\b\t\n\v\f\r\x1b"})  # all but the control characters that text lacks
-
-
-def find_signature(head: bytes) -> NotText | None:
-    """Return what kind of file begins like this, or None if it may be text."""
-    if ANY_SIGNATURE.match(head):
-        for pattern, kind, remedy in SIGNATURES:
-            if re.match(pattern, head, re.DOTALL):
-                return NotText(f"{kind} data", remedy)
-    return None
-
-
-def count_control(data: bytes) -> int:
-    """Return the number of control characters that text lacks; a run of NULs counts once."""
-    if b"\0" in data:
-        data = re.sub(rb"\0+", b"\0", data)
-    return len(data.translate(None, TEXT_BYTES))
-
-
-def take_strange(text: bytes) -> bytes:
-    """Return the beginning of a text, or of its first line that is not UTF-8, to guess its encoding by."""
-    try:
-        text.decode()
-    except UnicodeDecodeError as error:
-        start = text.rfind(b"\n", 0, error.start) + 1
-        text = text[start - start % 2 :]  # an even place, where the characters of UTF-16 begin
-    return text[:SAMPLE]
-
-
-def judge(text: bytes, characters: int, replaced: int, control: int) -> NotText | None:
-    """Return what data is that has so much that is strange among its characters, or None if it is text."""
-    strange = replaced + control
-    if strange < max(STRANGE_COUNT, STRANGE_SHARE * characters):
-        return None
-    encoding = guess_encoding(take_strange(text), SEVERAL_BYTES | CYRILLIC)  # Western text is mostly ASCII
-    if encoding:
-        return NotText(f"text in another encoding (perhaps {encoding})", convert_from(encoding))
-    if control > strange / 10:
-        return NotText("binary data", NO_USE)
-    return NotText("text in an unknown encoding", convert_from("ENCODING"))
-
-
-def convert_from(encoding: str) -> str:
-    return f"convert it with iconv -f {encoding} -t UTF-8"
-
-
-def guess_encoding(sample: bytes, encodings: dict[str, str]) -> str:
-    """Return the encoding in which a sample of text makes most sense, or "" if it makes none."""
-    # In UTF-16, every other byte of most texts is a NUL.
-    for encoding, nuls in (("UTF-16LE", sample[1::2]), ("UTF-16BE", sample[::2])):
-        if nuls.count(0) > 0.4 * len(nuls) and sample.count(0) < 1.1 * nuls.count(0):
-            return encoding
-    shares = {}
-    for encoding, common in encodings.items():
-        try:
-            text = codecs.getincrementaldecoder(encoding)().decode(sample)  # the last character may be cut
-        except UnicodeDecodeError:
-            continue
-        foreign = [character for character in text if character > "\x7f"]
-        shares[encoding] = sum(character in common for character in foreign) / max(1, len(foreign))
-    # Text in one of these hardly ever follows the rules of another. Encodings of one byte per character have no rules.
-    candidates = [encoding for encoding in shares if encoding in SEVERAL_BYTES]
-    if not candidates:
-        candidates = [encoding for encoding in shares if shares[encoding] > 0.45]
-    return max(candidates, key=shares.get, default="")
-
-
 # Finding archives ----------------------------------------------------------------------------------------------------
 
 
@@ -243,7 +121,7 @@ def find_archives(data_dir: Path) -> tuple[list[Archive], dict[str, list[str]]]:
     """
 
     def fail(error: OSError):
-        raise error
+        raise error  # os.walk would pass over a folder that can't be read
 
     if not data_dir.is_dir():
         raise DataError(f"{data_dir}: no such folder; name the folder that holds your archives with -data_dir")
@@ -315,7 +193,7 @@ def describe_passed_over(passed_over: dict[str, list[str]]) -> list[str]:
 def archives_in_tar(outer: Archive, passed_over: dict[str, list[str]]) -> list[Archive]:
     """Return the `.xz` members of a tar, and the tar itself if it holds documents too or is damaged."""
     archives = []
-    no_corpus = []
+    no_corpus = []  # reported here, unless the tar is read itself, which reports them too
     read_itself = False
     with name_file_in_errors(outer.path), open(outer.path, "rb") as file:
         try:
@@ -328,7 +206,7 @@ def archives_in_tar(outer: Archive, passed_over: dict[str, list[str]]) -> list[A
                     archives.append(archive)
                 else:
                     read_itself = True
-                file.seek(min(size, outer.size), os.SEEK_CUR)
+                file.seek(min(size, outer.size), os.SEEK_CUR)  # what a damaged tar calls a size may be too much to seek
         except Damaged:
             read_itself = True  # reading it comes upon the damage and reports it like that of any other archive
     if read_itself or not archives:
@@ -375,10 +253,11 @@ class Counts:
         self.replaced += other.replaced
         self.characters_seen.update(other.characters_seen)
         self.left_out.update(other.left_out)
-        self.examples = other.examples | self.examples
+        self.examples = other.examples | self.examples  # the first of each kind stays
         self.doubtful += other.doubtful
 
     def add_piece(self, piece: bytes, characters: int, replaced: int, control: int) -> None:
+        """Add what `clean` has found in a piece."""
         self.characters += characters
         if replaced or control:
             self.replaced += replaced
@@ -428,13 +307,13 @@ class Unxz(io.RawIOBase):
                 # Another stream may follow, behind a padding of zeros.
                 packed = self.decompressor.unused_data.lstrip(b"\0")
                 while not packed:
-                    block = self.file.read(1 << 16)
+                    block = self.file.read(READ_SIZE)
                     if not block:
                         return 0
                     packed = block.lstrip(b"\0")
                 self.start_stream()
             elif self.decompressor.needs_input:
-                packed = self.file.read(1 << 16)
+                packed = self.file.read(READ_SIZE)
                 if not packed:
                     raise Damaged("it is cut short")
             data = self.decompressor.decompress(packed, len(buffer))
@@ -450,8 +329,9 @@ def read_text(archive: Archive, counts: Counts) -> Iterator[bytes]:
         stream = io.BufferedReader(Unxz(window) if archive.is_xz else window, READ_SIZE)
         try:
             head = stream.read(tarfile.BLOCKSIZE)
-            starts_empty = head == END_MARK and archive.name.lower().endswith((".tar", ".tar.xz"))
-            if is_tar_header(head) or starts_empty:
+            # A tar may be empty, or joined to an empty one; a text may begin with as many NULs. The name decides.
+            is_empty_tar = head == END_MARK and archive.name.lower().endswith((".tar", ".tar.xz"))
+            if is_empty_tar or is_tar_header(head):
                 yield from read_tar(archive, stream, head, counts)
             elif archive.is_tar:
                 raise Damaged("it is not a tar file")
@@ -484,11 +364,6 @@ def read_plain(archive: Archive, stream: io.BufferedReader, head: bytes, counts:
     if archive.name.lower().endswith(".txt") and not last.endswith((b"\n", b"\r")):
         counts.characters += 1
         yield b"\n"
-
-
-def require_text(not_text: NotText | None) -> None:
-    if not_text:
-        raise Damaged(f"it holds {not_text.kind}, not UTF-8 text", not_text.remedy)
 
 
 def read_blocks(file) -> Iterator[bytes]:
@@ -547,8 +422,6 @@ def clean(piece: bytes) -> tuple[bytes, int, int, int]:
 
 
 # Tars ----------------------------------------------------------------------------------------------------------------
-
-END_MARK = bytes(tarfile.BLOCKSIZE)
 
 
 def is_tar_header(block: bytes) -> bool:
@@ -703,6 +576,134 @@ def skip(stream: io.BufferedReader, size: int) -> None:
         size -= len(read_exactly(stream, min(size, CHUNK)))
 
 
+# Telling text from other data ----------------------------------------------------------------------------------------
+
+
+class NotText(NamedTuple):
+    kind: str
+    remedy: str
+
+
+NO_USE = "take it out of the folder"
+# How files of other kinds begin. Where a beginning is made of letters, so that a text may begin with it, more is asked.
+SIGNATURES = [
+    (rb"\x1f\x8b\x08", "gzip", "unpack it with gunzip"),
+    (rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90)", "bzip2", "unpack it with bunzip2"),
+    (rb"\x28\xb5\x2f\xfd", "zstd", "unpack it with zstd -d"),
+    (rb"\xfd7zXZ\0", "xz", "unpack it with xz -d"),
+    (rb"\x04\x22\x4d\x18", "lz4", "unpack it with lz4 -d"),
+    (rb"PK(?:\x03\x04|\x05\x06|\x07\x08)", "zip or Office (.docx)", f"unpack it with unzip, or {ELSEWHERE}"),
+    (rb"7z\xbc\xaf\x27\x1c", "7z", "unpack it with 7z x"),
+    (rb"Rar!\x1a\x07", "rar", "unpack it with unrar x"),
+    (rb".{257}ustar", "tar", "unpack it with tar -xf"),
+    (rb"PAR1[\0-\x08\x0e-\x1f]", "parquet", ELSEWHERE),
+    (rb"ARROW1\0\0", "Arrow", ELSEWHERE),
+    (rb"SQLite format 3\0", "SQLite", ELSEWHERE),
+    (rb"%PDF-\d\.\d", "PDF", ELSEWHERE),
+    (rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "Office (.doc)", ELSEWHERE),
+    (rb"\x89PNG\r\n\x1a\n", "PNG", NO_USE),
+    (rb"\xff\xd8\xff", "JPEG", NO_USE),
+    (rb"GIF8[79]a.[\0-\x1f].[\0-\x1f]", "GIF", NO_USE),
+    (rb"RIFF.{4}(?:WAVE|WEBP|AVI )", "RIFF (.wav, .webp, .avi)", NO_USE),
+    (rb"OggS\0", "Ogg", NO_USE),
+    (rb"ID3[\x02-\x04]\0|\xff[\xf2\xf3\xfa\xfb]", "MP3", NO_USE),
+    (rb"\0\0\0.ftyp", "MP4", NO_USE),
+    (rb"\x7fELF", "Linux program", NO_USE),
+    (rb"MZ...\0", "Windows program", NO_USE),
+]
+# One pattern for all of them: it takes 0.3 microseconds per document, of the 50 that unpacking and cleaning take.
+ANY_SIGNATURE = re.compile(b"|".join(pattern for pattern, _, _ in SIGNATURES), re.DOTALL)
+
+SAMPLE = 64 << 10  # bytes by which an encoding is guessed
+# Encodings, and the commonest characters of what is written in them.
+SEVERAL_BYTES = {
+    "GBK": "的一是不了在人有我他",
+    "BIG5": "的一是不了在人有我他",
+    "EUC-KR": "이다는의에을가고하지",
+    "SHIFT_JIS": "のにはをたがでてとし",
+    "EUC-JP": "のにはをたがでてとし",
+}
+CYRILLIC = {"WINDOWS-1251": "оеаинтсрвл", "KOI8-R": "оеаинтсрвл"}
+WESTERN = {"WINDOWS-1252": "éèêàáâçíóúñäöüßåæø’“”–"}
+
+# Text may hold strange characters: byte sequences that are not UTF-8, control characters, runs of NULs. A run counts
+# once, since texts may be padded with any number of NULs, whereas binary data has short runs of them everywhere. Data
+# is no text if a fifth of its characters are strange: GBK read as UTF-8 has 69 %, French in Windows-1252 4 %.
+STRANGE_SHARE = 0.2
+STRANGE_COUNT = 8  # fewer are no evidence
+DOUBTFUL_SHARE = 0.01  # an archive with more invalid sequences than this is named in the summary
+TEXT_BYTES = bytes({*range(32, 256), *b"\a\b\t\n\v\f\r\x1b"})  # all but the control characters that text lacks
+
+
+def find_signature(head: bytes) -> NotText | None:
+    """Return what kind of file begins like this, or None if it may be text."""
+    if ANY_SIGNATURE.match(head):
+        for pattern, kind, remedy in SIGNATURES:
+            if re.match(pattern, head, re.DOTALL):
+                return NotText(f"{kind} data", remedy)
+    return None
+
+
+def count_control(data: bytes) -> int:
+    """Return the number of control characters that text lacks; a run of NULs counts once."""
+    if b"\0" in data:
+        data = re.sub(rb"\0+", b"\0", data)
+    return len(data.translate(None, TEXT_BYTES))
+
+
+def take_strange(text: bytes) -> bytes:
+    """Return the beginning of a text, or of its first line that is not UTF-8, to guess its encoding by."""
+    try:
+        text.decode()
+    except UnicodeDecodeError as error:
+        start = text.rfind(b"\n", 0, error.start) + 1
+        text = text[start - start % 2 :]  # an even place, where the characters of UTF-16 begin
+    return text[:SAMPLE]
+
+
+def judge(text: bytes, characters: int, replaced: int, control: int) -> NotText | None:
+    """Return what data is that has so much that is strange among its characters, or None if it is text."""
+    strange = replaced + control
+    if strange < max(STRANGE_COUNT, STRANGE_SHARE * characters):
+        return None
+    encoding = guess_encoding(take_strange(text), SEVERAL_BYTES | CYRILLIC)  # Western text is mostly ASCII
+    if encoding:
+        return NotText(f"text in another encoding (perhaps {encoding})", convert_from(encoding))
+    if control > strange / 10:
+        return NotText("binary data", NO_USE)
+    return NotText("text in an unknown encoding", convert_from("ENCODING"))
+
+
+def require_text(not_text: NotText | None) -> None:
+    if not_text:
+        raise Damaged(f"it holds {not_text.kind}, not UTF-8 text", not_text.remedy)
+
+
+def convert_from(encoding: str) -> str:
+    return f"convert it with iconv -f {encoding} -t UTF-8"
+
+
+def guess_encoding(sample: bytes, encodings: dict[str, str]) -> str:
+    """Return the encoding in which a sample of text makes most sense, or "" if it makes none."""
+    # In UTF-16, every other byte of most texts is a NUL.
+    for encoding, nuls in (("UTF-16LE", sample[1::2]), ("UTF-16BE", sample[::2])):
+        if nuls.count(0) > 0.4 * len(nuls) and sample.count(0) < 1.1 * nuls.count(0):
+            return encoding
+    shares = {}
+    for encoding, common in encodings.items():
+        try:
+            text = codecs.getincrementaldecoder(encoding)().decode(sample)  # the last character may be cut
+        except UnicodeDecodeError:
+            continue
+        foreign = [character for character in text if character > "\x7f"]
+        shares[encoding] = sum(character in common for character in foreign) / max(1, len(foreign))
+    # Text in one of these hardly ever follows the rules of another. Encodings of one byte per character have no rules.
+    candidates = [encoding for encoding in shares if encoding in SEVERAL_BYTES]
+    if not candidates:
+        candidates = [encoding for encoding in shares if shares[encoding] > 0.45]
+    return max(candidates, key=shares.get, default="")
+
+
 # Extracting one archive, in worker processes -------------------------------------------------------------------------
 
 
@@ -827,7 +828,7 @@ def extract(
                 if counts.damage and not skip_corrupt:
                     raise DataError(f"{name}: {counts.damage}, or leave it out with -skip_corrupt")
                 if counts.damage:
-                    part.unlink()
+                    part.unlink()  # what came before the damage
                     left_out.append(f"{name}: {counts.damage}")
                 elif index < first_val:
                     append(part, train_path)
@@ -956,7 +957,7 @@ def cut_off_validation(train_path: Path, val_path: Path, train: Counts, val: Cou
         while piece := old.read(min(left, CHUNK)):
             left -= len(piece)
             size += len(piece.encode())
-        shutil.copyfileobj(old, new, CHUNK)
+        shutil.copyfileobj(old, new, CHUNK)  # the rest
     os.truncate(train_path, size)
     val.characters, val.size = train.characters - keep, train.size - size
     train.characters, train.size = keep, size
@@ -977,6 +978,7 @@ def find_rare(seen: Counter[str], min_count: int) -> set[str]:
 
 def replace_rare(rare: set[str], path: Path, counts: Counts, parts: Path) -> None:
     """Put U+FFFD in the place of the rare characters of a text, which is written anew in the folder `parts`."""
+    # Not in place: U+FFFD has three bytes, what it replaces one to four.
     pattern = re.compile(f"[{re.escape(''.join(rare))}]")
     new_path = parts / path.name
     progress = Progress("replacing", counts.characters, unit=" characters", unit_scale=True)
