@@ -709,7 +709,7 @@ def guess_encoding(sample: bytes, encodings: dict[str, str]) -> str:
 
 def start_worker() -> None:
     """Let the parent decide what to do about Ctrl-C and a closed terminal, which reach every process."""
-    for number in {*ALL_SIGNALS} - {signal.SIGTERM}:
+    for number in {*ALL_SIGNALS} - {signal.SIGTERM}:  # by which a user may end a worker
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ALL_SIGNALS)  # the parent held them while it started this process
@@ -740,17 +740,15 @@ def extract_archive(archive: Archive, part: Path, min_count: int) -> Counts:
     return counts
 
 
-def read_clean(
-    archive: Archive, counts: Counts, enough: int = 1, ascii_counts: np.ndarray | None = None
-) -> Iterator[bytes]:
+def read_clean(archive: Archive, counts: Counts, enough: int = 1, earlier: np.ndarray | None = None) -> Iterator[bytes]:
     """Yield an archive's clean text, with `\\n` line ends, in chunks, and count what is in it. Raises Damaged.
 
     An ASCII character is counted only up to `enough` per process, then skipped: counting all costs 7 s per GB, this
-    0.4 s. `ascii_counts` holds what earlier archives had of each.
+    0.4 s. `earlier` holds how often earlier archives had each.
     """
-    if ascii_counts is None:
-        ascii_counts = np.zeros(128, dtype=np.int64)
-    known = ascii_counts.copy()
+    if earlier is None:
+        earlier = np.zeros(128, dtype=np.int64)
+    known = earlier.copy()
     for data in join_pieces(read_text(archive, counts)):
         if b"\r" in data:
             before = len(data)
@@ -763,9 +761,10 @@ def read_clean(
         found = np.bincount(np.frombuffer(utf_32, dtype="<u4"), minlength=128)  # by code point
         known += found[:128]
         codes = np.flatnonzero(found)
-        counts.characters_seen.update(dict(zip(map(chr, codes.tolist()), found[codes].tolist())))
+        characters = map(chr, codes.tolist())
+        counts.characters_seen.update(dict(zip(characters, found[codes].tolist())))
         yield data
-    ascii_counts[:] = known  # only now: what a damaged archive holds is not counted
+    earlier[:] = known  # only now: what a damaged archive holds is not counted
 
 
 def join_pieces(pieces: Iterable[bytes]) -> Iterator[bytes]:
@@ -954,7 +953,7 @@ def cut_off_validation(train_path: Path, val_path: Path, train: Counts, val: Cou
     left = keep
     size = 0
     with name_file_in_errors(val_path), open_text(train_path) as old, open_text(val_path, "w") as new:
-        while piece := old.read(min(left, CHUNK)):
+        while piece := old.read(min(left, CHUNK)):  # nothing is read when nothing is left
             left -= len(piece)
             size += len(piece.encode())
         shutil.copyfileobj(old, new, CHUNK)  # the rest
@@ -1046,8 +1045,9 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.data_dir or Path(DEFAULT_DATA_DIR).is_dir():
-        extract_folder(args.data_dir or Path(DEFAULT_DATA_DIR), args)
+    data_dir = args.data_dir or Path(DEFAULT_DATA_DIR)
+    if args.data_dir or data_dir.is_dir():
+        extract_folder(data_dir, args)
         return
     notify(f"no {DEFAULT_DATA_DIR} folder here: using the built-in sample, the Python reference")
     with name_file_in_errors("a temporary folder for the sample"):
