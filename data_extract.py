@@ -231,7 +231,7 @@ def take_sample(archives: list[Archive], rate: float, seed: int) -> list[Archive
 
 @dataclass
 class Counts:
-    """What came out of one archive, or of all archives of a split."""
+    """What came out of one archive, or of all archives in one of the two texts."""
 
     documents: int = 0
     characters: int = 0
@@ -697,7 +697,8 @@ def guess_encoding(sample: bytes, encodings: dict[str, str]) -> str:
             continue
         foreign = [character for character in text if character > "\x7f"]
         shares[encoding] = sum(character in common for character in foreign) / max(1, len(foreign))
-    # Text in one of these hardly ever follows the rules of another. Encodings of one byte per character have no rules.
+    # Text in an encoding of several bytes per character hardly ever follows the rules of another. Those of one byte
+    # have no rules and need better evidence.
     candidates = [encoding for encoding in shares if encoding in SEVERAL_BYTES]
     if not candidates:
         candidates = [encoding for encoding in shares if shares[encoding] > 0.45]
