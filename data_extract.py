@@ -843,10 +843,11 @@ def extract(
         if not train.characters or not val.characters:
             problem = "too little text: training and validation both need some; add more"
             raise DataError("; ".join([problem, *left_out, *describe_left_out(train, val)]))
-        rare = find_rare(train.characters_seen + val.characters_seen, min_count)
-        if rare:
-            replace_rare(rare, train_path, train, parts)
-            replace_rare(rare, val_path, val, parts)
+        seen = train.characters_seen + val.characters_seen
+        frequent = find_frequent(seen, min_count)
+        if seen.keys() - frequent:
+            replace_rare(frequent, train_path, train, parts)
+            replace_rare(frequent, val_path, val, parts)
         vocabulary = sorted(train.characters_seen | val.characters_seen)
         with name_file_in_errors(vocab_path), open_text(vocab_path, "w") as file:
             file.writelines(f"{character}\n" for character in vocabulary)
@@ -967,29 +968,31 @@ def open_text(path: Path, mode: str = "r") -> TextIO:
     return open(path, mode, encoding="utf-8", newline="")  # as it is: line ends are not translated
 
 
-def find_rare(seen: Counter[str], min_count: int) -> set[str]:
-    """Return the characters seen fewer than `min_count` times. Raises DataError if no other is left."""
-    # U+FFFD itself is never rare, since it is what rare characters become.
-    rare = {character for character, count in seen.items() if count < min_count} - {REPLACEMENT}
-    if rare and not seen.keys() - rare - {REPLACEMENT}:
+def find_frequent(seen: Counter[str], min_count: int) -> set[str]:
+    """Return the characters seen at least `min_count` times. Raises DataError if there are none."""
+    frequent = {character for character, count in seen.items() if count >= min_count}
+    if not frequent - {REPLACEMENT}:
         raise DataError(f"no character is seen {min_count:,} times; lower -min_count or add more text")
-    return rare
+    return frequent | {REPLACEMENT}  # which is never rare, since it is what rare characters become
 
 
-def replace_rare(rare: set[str], path: Path, counts: Counts, parts: Path) -> None:
-    """Put U+FFFD in the place of the rare characters of a text, which is written anew in the folder `parts`."""
+def replace_rare(frequent: set[str], path: Path, counts: Counts, parts: Path) -> None:
+    """Put U+FFFD in the place of all but the frequent characters of a text, which is written anew in `parts`."""
+    # The pattern names the frequent ones, sorted, since `re` finds them at once. If it named the rare ones, each
+    # character would be compared with all rare emojis, one by one: 30 times the time on 100 MB.
+    pattern = re.compile(f"[^{re.escape(''.join(sorted(frequent)))}]")
     # Not in place: U+FFFD has three bytes, what it replaces one to four.
-    pattern = re.compile(f"[{re.escape(''.join(rare))}]")
     new_path = parts / path.name
     progress = Progress("replacing", counts.characters, unit=" characters", unit_scale=True)
     with progress.bar, name_file_in_errors(path), open_text(path) as old, open_text(new_path, "w") as new:
-        for piece in read_blocks(old):
+        while piece := old.read(READ_SIZE):
             new.write(pattern.sub(REPLACEMENT, piece))
             progress.update(len(piece), f"in {path.name.removesuffix('.tmp')}")
     path.unlink()
     shutil.move(new_path, path)  # `path` may be on another disk
     counts.size = path.stat().st_size
-    counts.rare = Counter({character: counts.characters_seen.pop(character, 0) for character in rare})
+    for character in counts.characters_seen.keys() - frequent:
+        counts.rare[character] = counts.characters_seen.pop(character)
     counts.characters_seen[REPLACEMENT] += counts.rare.total()
 
 
