@@ -660,6 +660,7 @@ LONG = {
     "cut short at the end": "🙂".encode() * 2001 + b"\xf0\x9f",
     "trailing newlines": FOREIGN.encode() * 100 + b"\r\n" * 2001,
     "carriage returns": b"a" + b"a\r" * 2001 + b"\n",
+    "a carriage return at the end": b"a\n" + b"b" * 300 + b"\r",
     "nothing but newlines": b"\n" * 2001,
 }
 
