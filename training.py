@@ -26,8 +26,7 @@ import sys
 import time
 import zlib
 from codecs import utf_8_decode
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -250,8 +249,10 @@ class Text:
         random = np.random.default_rng(key)
         offsets = random.integers(0, self.last_start, count, endpoint=True)
         # Draw again what fell inside a character; else characters of many bytes would be drawn more often.
-        while (inside := is_continuation(self.array[offsets])).any():
+        inside = is_continuation(self.array[offsets])
+        while inside.any():
             offsets[inside] = random.integers(0, self.last_start, np.count_nonzero(inside), endpoint=True)
+            inside = is_continuation(self.array[offsets])
         return offsets
 
     def windows(self) -> tuple[np.ndarray, int]:
@@ -518,18 +519,6 @@ def shapes_of_state(part: torch.optim.Optimizer) -> dict:
 # Several processes ---------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
-    """Connect the processes that torchrun has started, if it has, while the block runs."""
-    if WORLD_SIZE == 1:
-        yield
-        return
-    # Signals are agreed upon on the CPU, also where gradients are shared among GPUs.
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    yield
-    distributed.destroy_process_group()
-
-
 def all_reduce(values: torch.Tensor, operation: str = "SUM") -> torch.Tensor:
     """All-reduce `values` across processes, in place, and return them."""
     if WORLD_SIZE > 1 and distributed.is_initialized():
@@ -716,7 +705,7 @@ def save_state(run: Run) -> None:
     state = {
         "version": STATE_VERSION,
         "model": settings.model.name,
-        "arguments": list(settings.arguments),
+        "arguments": settings.arguments,
         "fast_dtype": name_of(default_dtype(settings.device)),
         "texts": [run.train_text.fingerprint(), run.val_text.fingerprint()],
         "record": asdict(run.record),
@@ -777,27 +766,21 @@ def checked_record(saved: dict) -> Record:
     return record
 
 
-def backup_of(model: Path, start: Path | None) -> Path:
-    """Return where to keep the model of an earlier run: model-01.old.pkl, unless the new run starts from that file."""
-    ending = ".pkl" if model.suffix == ".pkl" else ""
-    backup = sibling(model, f".old{ending}")
-    kept = [backup, sibling(backup, ".state.pkl")]
-    if start is not None and os.path.realpath(start) in map(os.path.realpath, kept):
-        return sibling(model, f".old-2{ending}")
-    return backup
-
-
 def original_name(model: str) -> str:
     """Return the name under which a kept model was trained: model-01.old.pkl -> model-01.pkl"""
     return re.sub(r"\.old(-2)?(?=(\.pkl)?$)", "", model)
 
 
 def keep_earlier_run(model: Path, start: Path | None) -> None:
-    """Copy the files of an earlier run, whose model also stays until this run saves one. Raises OSError.
+    """Copy the files of an earlier run: model-01.pkl to model-01.old.pkl, and so on. Raises OSError.
 
-    `start` is the file that this run starts from, which has to stay as it is.
+    The model itself stays, until this run has a better one to put in its place.
     """
-    backup = backup_of(model, start)
+    ending = ".pkl" if model.suffix == ".pkl" else ""
+    backup = sibling(model, f".old{ending}")
+    targets = [os.path.realpath(backup), os.path.realpath(sibling(backup, ".state.pkl"))]
+    if start is not None and os.path.realpath(start) in targets:  # this run starts from a file that has to stay
+        backup = sibling(model, f".old-2{ending}")
     if model.exists():
         copy_file(model, backup)
         print(f"the earlier {model} is kept as {backup}", file=sys.stderr)
@@ -805,13 +788,14 @@ def keep_earlier_run(model: Path, start: Path | None) -> None:
         earlier = sibling(model, ending)
         if earlier.exists():
             copy_file(earlier, sibling(backup, ending))
-            # Of a link only the target goes: the new file is written to the same disk.
+            # Or -resume would go on with the earlier run until this one has saved. Of a link only the target goes: the
+            # new file is written to the same disk.
             Path(os.path.realpath(earlier)).unlink()
 
 
 def copy_file(source: Path, target: Path) -> None:
-    with name_file_in_errors(source), open(source, "rb") as file:
-        content = file.read()
+    with name_file_in_errors(source):
+        content = source.read_bytes()
     with atomic_write(target) as file:
         file.write(content)
 
@@ -956,12 +940,11 @@ class Interruption:
         self.handlers = {}
 
     def __enter__(self) -> Interruption:
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)
-            if number is None:  # Windows has no SIGHUP
-                continue
-            if name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN:  # started by nohup
-                continue
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        # Windows has no SIGHUP. A run that nohup started ignores it, and goes on when the terminal is closed.
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        for number in numbers:
             self.handlers[number] = signal.signal(number, self.on_signal)
         return self
 
@@ -987,10 +970,8 @@ class Interruption:
 
 # The command line ----------------------------------------------------------------------------------------------------
 
-# Flags that don't change what is learnt, or that a resumed run may change on purpose
-MAY_CHANGE_ON_RESUME = (
-    *("model", "data_dir", "device", "dtype", "compile", "grad_accum", "save_interval", "patience", "plot", "resume"),
-)
+# Flags that don't change what is learnt, or that a resumed run may change on purpose; so may -max_iters, upwards
+MAY_CHANGE_ON_RESUME = ("data_dir", "device", "dtype", "compile", "grad_accum", "save_interval", "patience", "plot")
 SHAPE = ("n_embd", "n_head", "n_layer", "block_size")
 
 
@@ -1058,7 +1039,7 @@ def parse_args(arguments: list[str] | None = None) -> tuple[Settings, Start | No
         given = Vocabulary.from_file(args.vocab) if args.vocab else None
         start = Start(*load_model(args.init_from, vocabulary=given), state=None)
         shape = {name: start.model.config[name] for name in SHAPE}
-        args = parse_again(parser, arguments, shape, SHAPE, args.init_from)
+        args = parse_again(parser, arguments, shape, args.init_from)
     elif args.vocab:
         parser.error("argument -vocab: goes with -init_from only; training takes the vocab.txt in -data_dir")
     check_together(parser, args)
@@ -1066,16 +1047,15 @@ def parse_args(arguments: list[str] | None = None) -> tuple[Settings, Start | No
 
 
 def parse_again(
-    parser: argparse.ArgumentParser, arguments: list[str] | None, settled: dict, fixed: Iterable[str], source: Path
+    parser: argparse.ArgumentParser, arguments: list[str] | None, settled: dict, source: Path
 ) -> argparse.Namespace:
-    """Parse with values in place of the defaults. A flag that contradicts one of the fixed ones ends the program."""
+    """Parse with the values of a file in place of the defaults. A flag that contradicts the file ends the program."""
     args = parser.parse_args(arguments, argparse.Namespace(**settled))
-    for name in sorted(fixed):
-        if getattr(args, name) != settled[name]:
-            value = "no value" if settled[name] is None else settled[name]
-            parser.error(
-                f"argument -{name}: {getattr(args, name)} contradicts {source}, which has {value}; leave it out"
-            )
+    for name in sorted(settled.keys() - {*MAY_CHANGE_ON_RESUME, "max_iters"}):
+        given, value = getattr(args, name), settled[name]
+        if given != value:
+            value = "no value" if value is None else value
+            parser.error(f"argument -{name}: {given} contradicts {source}, which has {value}; leave it out")
     return args
 
 
@@ -1096,8 +1076,7 @@ def parse_resumed(
     except (TypeError, KeyError, AttributeError) as error:
         raise ModelFileError(f"{source}: does not hold a run to go on with") from error
     start = Start(*build_model(content, source), state)
-    fixed = saved.keys() - {*MAY_CHANGE_ON_RESUME, "max_iters"}
-    args = parse_again(parser, arguments, {**saved, "model": model, "resume": True}, fixed, source)
+    args = parse_again(parser, arguments, {**saved, "model": model, "resume": True}, source)
     # A shorter schedule would have had other learning rates in the steps that are done.
     if args.max_iters < saved["max_iters"]:
         parser.error(f"argument -max_iters: {source} has {saved['max_iters']}, which may only grow")
@@ -1122,37 +1101,27 @@ def check_state(state: object, model: Path, source: Path) -> None:
 
 def work_out_defaults(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Settings:
     """Return the settings, with what follows from other flags or from this machine where a flag is not given."""
-    learning_rate = args.learning_rate
-    if learning_rate is None:
-        learning_rate = LEARNING_RATES[args.optimizer]
-    min_lr = args.min_lr
-    if min_lr is None:
-        min_lr = MIN_LR_SHARES[args.optimizer] * learning_rate
-    warmup_iters = args.warmup_iters
-    if warmup_iters is None:
-        warmup_iters = min(150, args.max_iters // 3)
-    dropout = args.dropout
-    if dropout is None:
-        dropout = default_dropout(args)
     device_name = args.device
     if device_name in (None, "cuda") and torch.cuda.is_available():
         device_name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # a card for each process
     device = choose_device(parser, device_name)
-    dtype = getattr(torch, args.dtype) if args.dtype else default_dtype(device)
-    # What -resume parses again. What a stranger's state must not decide is left out: which files to write.
-    saved = {**vars(args), "learning_rate": learning_rate, "dropout": dropout, "dtype": name_of(dtype)}
-    for name in ("model", "resume", "plot"):
-        saved.pop(name, None)
-    resolved = {
-        "learning_rate": learning_rate,
-        "min_lr": min_lr,
-        "warmup_iters": warmup_iters,
-        "dropout": dropout,
-        "device": device,
-        "dtype": dtype,
-        "compile": args.compile or ("on" if device.type == "cuda" else "off"),
-        "arguments": tuple(f"-{name}={value}" for name, value in saved.items() if value is not None),
-    }
+    if args.learning_rate is None:
+        args.learning_rate = LEARNING_RATES[args.optimizer]
+    if args.dropout is None:
+        args.dropout = default_dropout(args)
+    if args.dtype is None:
+        args.dtype = name_of(default_dtype(device))
+    # What -resume parses again. The defaults below are not part of it: they follow -max_iters, which may grow, and the
+    # device. What a stranger's state must not decide is left out too: which files to write.
+    kept = vars(args).keys() - {"model", "resume", "plot"}
+    arguments = [f"-{name}={value}" for name, value in vars(args).items() if name in kept and value is not None]
+    if args.min_lr is None:
+        args.min_lr = MIN_LR_SHARES[args.optimizer] * args.learning_rate
+    if args.warmup_iters is None:
+        args.warmup_iters = min(150, args.max_iters // 3)
+    if args.compile is None:
+        args.compile = "on" if device.type == "cuda" else "off"
+    resolved = {"device": device, "dtype": getattr(torch, args.dtype), "arguments": arguments}
     return Settings(**{**vars(args), **resolved})
 
 
@@ -1253,9 +1222,12 @@ def run_training(settings: Settings, start: Start | None, interruption: Interrup
         show(f"resumed     after step {run.record.step} of {settings.max_iters}{end}")
     elif RANK == 0:
         keep_earlier_run(settings.model, settings.init_from)
-    with process_group(settings.device):
-        train(run, interruption)
-    # What follows needs no other process, so that none waits for one that has ended.
+    if WORLD_SIZE > 1:
+        # Signals are agreed upon on the CPU, also where gradients are shared among GPUs.
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if settings.device.type == "cuda" else "gloo")
+    train(run, interruption)
+    if WORLD_SIZE > 1:  # what follows needs no other process, so that none waits for one that has ended
+        distributed.destroy_process_group()
     if interruption.signal:
         save_state(run)
         message = f"interrupted after step {run.record.step}; to go on: {resume_command(settings)}"
