@@ -76,7 +76,7 @@ POLYNOMIALS = ((8.138, -22.714, 16.325), (3.965, -2.836, 0.522), (3.524, -2.640,
 ADAMW_AVERAGING_TOKENS = 80_000  # over which AdamW averages the square of a gradient
 AVERAGED_SHARE = 0.05  # of the run's steps, over which weights are averaged
 PLATEAU_EVALUATIONS = 5  # without a better one, after which the run says so
-CHUNK = 2**24  # bytes of text looked at in one go
+CHUNK = 2**24  # bytes of text looked at at once
 STATE_VERSION = 2  # of the state files; others can't be resumed
 
 
@@ -109,7 +109,7 @@ def train(run: Run, interruption: Interruption) -> None:
     settings, model, optimizer, record = run.settings, run.model, run.optimizer, run.record
     evaluation = evaluation_rows(run)
     forward = prepare_forward(run)
-    started = time.monotonic() - record.seconds
+    started = time.monotonic() - record.seconds  # a resumed run counts on
     with Progress(settings, record.step, evaluation) as progress:
         while not (is_finished(record, settings) or interruption.received_by_any()):
             # 1. Draw a batch, and seed dropout. Both depend on the step alone, so a resumed run sees the same ones.
@@ -117,7 +117,7 @@ def train(run: Run, interruption: Interruption) -> None:
             torch.manual_seed(random_seed(settings.seed, record.step, DROPOUT, RANK))
 
             # 2. Forward and backward, in `grad_accum` parts; their gradients add up.
-            model.zero_grad(set_to_none=True)
+            model.zero_grad()
             losses = []
             for x, y in zip(inputs.chunk(settings.grad_accum), targets.chunk(settings.grad_accum)):
                 is_last = len(losses) == settings.grad_accum - 1
@@ -125,7 +125,7 @@ def train(run: Run, interruption: Interruption) -> None:
                     with autocast(settings.device, settings.dtype):
                         _, loss = forward(x, y)
                     optimizer.scaler.scale(loss / settings.grad_accum).backward()
-                losses.append(loss.detach())
+                losses.append(loss.detach())  # or the activations of every part would stay in memory
             loss = torch.stack(losses).mean()
 
             # 3. Step: move the weights against their gradients.
@@ -186,6 +186,7 @@ def prepare_forward(run: Run) -> torch.nn.Module:
     if run.settings.compile == "on":
         forward = compile_model(run.model, get_batch(run.train_text, 0, run.settings), run.settings)
     if WORLD_SIZE > 1:
+        # Gradients are sent from where they lie, without a copy. Masks are the same everywhere: they need not be sent.
         forward = DistributedDataParallel(forward, gradient_as_bucket_view=True, broadcast_buffers=False)
     return forward
 
@@ -197,6 +198,7 @@ def compile_model(model: GPTLanguageModel, batch: tuple, settings: Settings) -> 
     started = time.monotonic()
     inputs, targets = (part.chunk(settings.grad_accum)[0] for part in batch)
     try:
+        # torch compiles when the model is first called. Call it here, where training can still go on without.
         with autocast(settings.device, settings.dtype):
             _, loss = forward(inputs, targets)
         loss.backward()
@@ -263,12 +265,13 @@ class Text:
         block_size = self.row_length - 1
         offsets = []
         count = 0  # characters so far
+        # In chunks: a place takes 8 bytes in NumPy, so those of all characters may not fit into memory.
         for start in range(0, self.size, CHUNK):
             characters = np.flatnonzero(~is_continuation(self.array[start : start + CHUNK]))
             first = -count % block_size  # of these characters, the first that begins a row
             offsets.append(start + characters[first::block_size])
             count += len(characters)
-        rows = -(-(count - 1) // block_size)  # rounded up; the last character predicts nothing
+        rows = math.ceil((count - 1) / block_size)  # the last character predicts nothing
         return np.concatenate(offsets)[:rows], count - (rows - 1) * block_size
 
     def rows(self, offsets: np.ndarray, length: int | None = None) -> np.ndarray:
@@ -279,6 +282,7 @@ class Text:
         """
         length = length or self.row_length
         texts = [self.characters(offset, length) for offset in offsets.tolist()]
+        # In UTF-32, each character is a number of 4 bytes: its code point.
         code_points = np.frombuffer("".join(texts).encode("utf-32-le"), dtype=np.uint32)
         ids = self.ids[code_points].reshape(len(offsets), length)
         if ids.min() < 0:
@@ -344,9 +348,9 @@ def get_batch(text: Text, step: int, settings: Settings) -> tuple[torch.Tensor, 
 
 def learning_rate_at(step: int, settings: Settings) -> float:
     """Return the learning rate: a linear warm-up, then a cosine down to `min_lr` at the last step."""
-    if step < settings.warmup_iters:
+    if step < settings.warmup_iters:  # at full speed from the start, this kind of model diverges
         return settings.learning_rate * (step + 1) / settings.warmup_iters
-    progress = (step - settings.warmup_iters) / max(1, settings.max_iters - settings.warmup_iters)
+    progress = (step - settings.warmup_iters) / (settings.max_iters - settings.warmup_iters)  # from 0 to 1
     return settings.min_lr + (settings.learning_rate - settings.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -395,7 +399,7 @@ class Muon(torch.optim.Optimizer):
             # A tall matrix has more rows than directions to move in, so each row gets less: make up for it.
             length = group["lr"] * max(1, rows / gradients.shape[2]) ** 0.5
             for parameter, update in zip(parameters, updates):
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])  # apart from the gradient, as in AdamW
                 parameter.add_(update, alpha=-length)
 
 
@@ -430,26 +434,23 @@ class Optimizer:
         others = [parameter for parameter in model.parameters() if parameter not in taken]
         matrices = [parameter for parameter in others if parameter.dim() >= 2]
         vectors = [parameter for parameter in others if parameter.dim() < 2]
+        # Muon's rate says how far a matrix turns; what AdamW moves beside it needs a smaller one.
+        share = ADAMW_SHARE_BESIDE_MUON if muon_groups else 1.0
         adamw = torch.optim.AdamW(
             [
-                {"params": matrices, "weight_decay": settings.weight_decay},
-                {"params": vectors, "weight_decay": 0.0},
+                {"params": matrices, "share": share, "weight_decay": settings.weight_decay},
+                {"params": vectors, "share": share, "weight_decay": 0.0},
             ],
             betas=(0.9, adamw_beta2(settings.batch_size * settings.block_size)),
-            fused=True,
+            fused=True,  # one operation for all weights, not several for each
         )
-        # Muon's rate says how far a matrix turns; the rest needs a smaller one.
-        self.parts: list[torch.optim.Optimizer] = [adamw]
-        for group in adamw.param_groups:
-            group["share"] = ADAMW_SHARE_BESIDE_MUON if taken else 1.0  # of the learning rate
-        if taken:
-            self.parts.insert(0, Muon(muon_groups, settings.weight_decay))
+        self.parts = [Muon(muon_groups, settings.weight_decay), adamw] if muon_groups else [adamw]
         self.scaler = torch.amp.GradScaler(settings.device.type, enabled=settings.dtype == torch.float16)
 
     def step(self, learning_rate: float, grad_clip: float) -> None:
         """Clip the gradients to a norm of `grad_clip` over all weights (0: don't), and move the weights."""
         groups = [group for part in self.parts for group in part.param_groups]
-        for part in self.parts:
+        for part in self.parts:  # or the norm would be that of scaled gradients
             self.scaler.unscale_(part)
         parameters = [parameter for group in groups for parameter in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
@@ -464,6 +465,7 @@ class Optimizer:
         self.scaler.update()
 
     def state(self) -> dict:
+        # The rest of a state_dict, rates and decays, follows from the settings.
         return {"parts": [part.state_dict()["state"] for part in self.parts], "scaler": self.scaler.state_dict()}
 
     def restore(self, state: dict) -> None:
@@ -528,6 +530,7 @@ def all_reduce(values: torch.Tensor, operation: str = "SUM") -> torch.Tensor:
 
 def sharing_gradients(forward: torch.nn.Module, is_last: bool):
     """Return a context whose backward pass shares gradients among processes only for the last part of a step."""
+    # They add up in each process until then. Sent with every part, they would cross the network `grad_accum` times.
     if is_last or WORLD_SIZE == 1:
         return nullcontext()
     return forward.no_sync()
@@ -560,13 +563,14 @@ def evaluation_rows(run: Run) -> list[Rows]:
 def choose_rows(text: Text, limit: int, count: int, settings: Settings) -> Rows:
     """Return all rows of a text that has at most `limit`; else `count` from anywhere, always the same ones."""
     last = []
-    # The size alone rules out most long texts, without reading them.
+    # A character has at most 4 bytes, so the size alone rules out most long texts, without reading them.
     is_whole = text.size <= 4 * settings.block_size * limit and len(text.windows()[0]) <= limit
     if is_whole:
         offsets, last_length = text.windows()
-        last = [(offsets[-1:], last_length)]
+        last = [(offsets[-1:], last_length)]  # a batch of its own, since it may be shorter
         offsets = offsets[:-1]
     else:
+        # A key without the step: with other rows each time, two losses would differ though the model is the same.
         offsets = text.draw_offsets(count, [settings.seed, 0, EVAL_ROWS])
     size = settings.batch_size // (WORLD_SIZE * settings.grad_accum)
     batches = [(offsets[i : i + size], settings.block_size + 1) for i in range(0, len(offsets), size)]
@@ -588,9 +592,11 @@ def mean_loss(model: GPTLanguageModel, rows: Rows, device: torch.device, dtype: 
         ids = torch.from_numpy(rows.text.rows(offsets, length)).to(device)
         with autocast(device, dtype):
             _, loss = model(ids[:, :-1], ids[:, 1:])
-        # Weigh each batch by its characters: the last one is shorter.
+        # Weigh each batch by its characters: the last one is shorter. Read the totals only at the end, as that waits
+        # for a GPU.
         count = ids[:, 1:].numel()
-        totals += torch.stack([loss * count, torch.full_like(loss, count)])
+        totals[0] += loss * count
+        totals[1] += count
     model.train(was_training)
     nats, characters = all_reduce(totals).tolist()
     return nats / characters
@@ -617,11 +623,12 @@ def sample_lines(model: GPTLanguageModel, vocabulary: Vocabulary, settings: Sett
     # A generator of its own, so that a sample does not change the random numbers of the training.
     generator = torch.Generator(settings.device).manual_seed(settings.seed)
     start = torch.tensor([[vocabulary.ids.get("\n", 0)]], device=settings.device)
-    banned_ids = vocabulary.banned_ids if len(vocabulary) > 1 else []
+    banned_ids = vocabulary.banned_ids if len(vocabulary) > 1 else []  # or there would be nothing to write
     ids = model.generate(start, 160, temperature=0.8, generator=generator, banned_ids=banned_ids)
     text = vocabulary.decode(ids[0, 1:].tolist())
-    lines = [line[i : i + 76] for line in text.splitlines() for i in range(0, len(line), 76) if line.strip()]
-    return ["".join(c if c.isprintable() else " " for c in line) for line in lines[:2]]
+    lines = [line for line in text.splitlines() if line.strip()]
+    pieces = [line[i : i + 76] for line in lines for i in range(0, len(line), 76)]
+    return ["".join(c if c.isprintable() else " " for c in piece) for piece in pieces[:2]]
 
 
 # The record and the files of a run -----------------------------------------------------------------------------------
@@ -669,16 +676,14 @@ def save_evaluation(run: Run, is_best: bool) -> None:
 
 
 def save_metrics(path: Path, record: Record) -> None:
+    # All rows each time: a row that is appended could be cut short when the disk is full.
     with atomic_write(path) as file:
         for row in (METRICS, *record.metrics):
             file.write(",".join(map(str, row)).encode() + b"\n")
 
 
 def draw_losses(path: Path, title: str, record: Record) -> None:
-    """Draw both losses over the steps, in nats and in bits, and mark the best model. Raises OSError.
-
-    Needs matplotlib.
-    """
+    """Draw both losses over the steps, in nats and in bits, and mark the best model. Raises OSError."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -706,7 +711,7 @@ def save_state(run: Run) -> None:
         "version": STATE_VERSION,
         "model": settings.model.name,
         "arguments": settings.arguments,
-        "fast_dtype": name_of(default_dtype(settings.device)),
+        "fast_dtype": name_of(default_dtype(settings.device)),  # so that another machine can suggest another one
         "texts": [run.train_text.fingerprint(), run.val_text.fingerprint()],
         "record": asdict(run.record),
         "average": run.average.state_dict(),
@@ -754,10 +759,10 @@ def restore(run: Run, state: dict) -> Run:
 
 def checked_record(saved: dict) -> Record:
     """Return the record of a state file. Raises one of many exceptions for what no run comes to."""
+    expected = {name: type(value) for name, value in asdict(Record()).items()}
+    if {name: type(value) for name, value in saved.items()} != expected:
+        raise ValueError("other fields than those of a record")
     record = Record(**saved)
-    for name, value in asdict(Record()).items():
-        if type(saved[name]) is not type(value):
-            raise ValueError(f"{name} of another type")
     for row in record.metrics:
         if len(row) != len(METRICS) or not all(math.isfinite(number) for number in row):
             raise ValueError("metrics of another shape")
@@ -794,6 +799,7 @@ def keep_earlier_run(model: Path, start: Path | None) -> None:
 
 
 def copy_file(source: Path, target: Path) -> None:
+    """Copy a file. Until the copy is whole, an earlier one stays. Raises OSError."""
     with name_file_in_errors(source):
         content = source.read_bytes()
     with atomic_write(target) as file:
@@ -867,16 +873,16 @@ class Progress:
 def describe(run: Run) -> None:
     """Print what is trained, and on what."""
     settings = run.settings
-    device = f"{settings.device}, "
+    device = [str(settings.device)]
     if settings.device.type == "cpu":
         threads = torch.get_num_threads()
-        device += f"{threads} thread{'s' if threads > 1 else ''}, "
-    device += name_of(settings.dtype)
+        device.append(f"{threads} thread{'s' if threads > 1 else ''}")
+    device.append(name_of(settings.dtype))
     if WORLD_SIZE > 1:
-        device += f", {WORLD_SIZE} processes"
+        device.append(f"{WORLD_SIZE} processes")
     train_size, val_size = run.train_text.size / 1e6, run.val_text.size / 1e6
     tokens = settings.batch_size * settings.block_size
-    show(f"device      {device}")
+    show(f"device      {', '.join(device)}")
     show(f"model       {sum(p.numel() for p in run.model.parameters()):,} parameters")
     show(f"vocabulary  {len(run.vocabulary):,} characters")
     show(f"text        {train_size:,.2f} MB to train on, {val_size:,.2f} MB to validate with")
@@ -953,6 +959,7 @@ class Interruption:
             signal.signal(number, handler)
 
     def on_signal(self, number: int, frame) -> None:
+        # Only take note of it: it may come in the middle of a step, when some weights have moved and others have not.
         self.received = number
         if WORLD_SIZE == 1:
             # From now on the system ends the program: Python would wait for the end of a backward pass.
@@ -987,7 +994,7 @@ class Start(NamedTuple):
 
     model: GPTLanguageModel
     vocabulary: Vocabulary
-    state: dict | None
+    state: dict | None = None
 
 
 def training_parser() -> argparse.ArgumentParser:
@@ -1031,13 +1038,14 @@ def training_parser() -> argparse.ArgumentParser:
 def parse_args(arguments: list[str] | None = None) -> tuple[Settings, Start | None]:
     """Return the settings, and the model file that the run starts from, if any. Raises OSError and ModelFileError."""
     parser = training_parser()
+    # Parse once to see where the run starts, and again with what that file has settled.
     args = parser.parse_args(arguments)
     start = None
     if args.resume:
         args, start = parse_resumed(parser, arguments, args.model)
     elif args.init_from:
         given = Vocabulary.from_file(args.vocab) if args.vocab else None
-        start = Start(*load_model(args.init_from, vocabulary=given), state=None)
+        start = Start(*load_model(args.init_from, vocabulary=given))
         shape = {name: start.model.config[name] for name in SHAPE}
         args = parse_again(parser, arguments, shape, args.init_from)
     elif args.vocab:
@@ -1131,7 +1139,7 @@ def default_dropout(args: argparse.Namespace) -> float:
     Of 0, 0.1 and 0.2, the best was 0 for 5 and for 10 passes, and 0.2 for 25.
     """
     text = args.data_dir / "output_train.txt"
-    size = text.stat().st_size if text.is_file() else 0
+    size = text.stat().st_size if text.is_file() else 0  # without it, the run ends with a better error later
     passes = args.max_iters * args.batch_size * args.block_size / max(1, size)
     return round(0.2 * min(1.0, max(0.0, (passes - 10) / 15)), 3)
 
@@ -1188,21 +1196,19 @@ def starting_model(settings: Settings, start: Start | None) -> tuple[GPTLanguage
     shape = {name: getattr(settings, name) for name in SHAPE}
     model = GPTLanguageModel(len(vocabulary), dropout=settings.dropout, **shape)
     if start:
-        copy_weights(start.model, start.vocabulary, model, vocabulary)
+        copy_weights(start, model, vocabulary)
     return model, vocabulary
 
 
-def copy_weights(
-    old_model: GPTLanguageModel, old_vocabulary: Vocabulary, model: GPTLanguageModel, vocabulary: Vocabulary
-) -> None:
+def copy_weights(start: Start, model: GPTLanguageModel, vocabulary: Vocabulary) -> None:
     """Copy the weights into a model of the same shape, whose vocabulary has all the old characters and perhaps more."""
-    old_rows = torch.tensor([vocabulary.ids[character] for character in old_vocabulary.characters])
-    weights, old_weights = model.state_dict(), old_model.state_dict()
-    for name, weight in weights.items():
+    rows = [vocabulary.ids[character] for character in start.vocabulary.characters]
+    weights = model.state_dict()
+    for name, old_weight in start.model.state_dict().items():
         if name.startswith(("token_embedding_table", "lm_head")):  # a row for each character
-            weight[old_rows] = old_weights[name]
+            weights[name][rows] = old_weight
         else:
-            weight.copy_(old_weights[name])
+            weights[name].copy_(old_weight)
 
 
 def run_training(settings: Settings, start: Start | None, interruption: Interruption) -> int:
