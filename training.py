@@ -14,7 +14,6 @@ Beside the best model a run keeps `model-01.state.pkl`, from which `-resume` goe
 
 from __future__ import annotations
 
-import argparse
 import copy
 import importlib.util
 import math
@@ -25,6 +24,7 @@ import signal
 import sys
 import time
 import zlib
+from argparse import ArgumentParser, Namespace
 from codecs import utf_8_decode
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -70,8 +70,8 @@ LEARNING_RATES = {"adamw": 3e-3, "muon": 0.02}
 # the last steps leave open, and more is learnt on the way.
 MIN_LR_SHARES = {"adamw": 0.3, "muon": 0.1}
 ADAMW_SHARE_BESIDE_MUON = 0.075  # of Muon's learning rate
-# The a, b and c of three polynomials that, one after another, bring every number from 0.003 to 1 near 1. Amsel et al.
-# 2025, "The Polar Express", say how they are found. Jordan's own five end at the same loss and take 1.5 times as long.
+# Three polynomials (a, b, c) that, one after another, bring every number between 0.003 and 1 close to 1. Amsel et al.
+# 2025, "The Polar Express", say how to find them. Jordan's own five end at the same loss and take 1.5 times as long.
 POLYNOMIALS = ((8.138, -22.714, 16.325), (3.965, -2.836, 0.522), (3.524, -2.640, 0.527))
 ADAMW_AVERAGING_TOKENS = 80_000  # over which AdamW averages the square of a gradient
 AVERAGED_SHARE = 0.05  # of the run's steps, over which weights are averaged
@@ -154,7 +154,7 @@ def train(run: Run, interruption: Interruption) -> None:
 
 
 def is_finished(record: Record, settings: Settings) -> bool:
-    is_out_of_patience = 0 < settings.patience <= record.evaluations_since_best
+    is_out_of_patience = 0 < settings.patience <= record.evaluations_since_best  # 0 is endless patience
     return record.step >= settings.max_iters or is_out_of_patience
 
 
@@ -390,7 +390,7 @@ class Muon(torch.optim.Optimizer):
             parameters, rows = group["params"], group["rows"]
             gradients = torch.cat([parameter.grad for parameter in parameters])
             gradients = gradients.unflatten(0, (-1, rows))  # (N, rows, columns): all matrices are worked on together
-            state = self.state[parameters[0]]
+            state = self.state[parameters[0]]  # of the whole group
             if not state:
                 state["momentum"] = torch.zeros_like(gradients)
             state["momentum"].lerp_(gradients, 1 - group["momentum"])
@@ -540,7 +540,7 @@ def sharing_gradients(forward: torch.nn.Module, is_last: bool):
 
 
 class Rows(NamedTuple):
-    """The rows of a text to evaluate on, in batches of byte offsets and the length of a row in characters."""
+    """The rows of a text to evaluate on: batches, each with its byte offsets and the characters in a row."""
 
     text: Text
     batches: list[tuple[np.ndarray, int]]
@@ -592,13 +592,12 @@ def mean_loss(model: GPTLanguageModel, rows: Rows, device: torch.device, dtype: 
         ids = torch.from_numpy(rows.text.rows(offsets, length)).to(device)
         with autocast(device, dtype):
             _, loss = model(ids[:, :-1], ids[:, 1:])
-        # Weigh each batch by its characters: the last one is shorter. Read the totals only at the end, as that waits
-        # for a GPU.
+        # Weigh each batch by its characters: the last one may be shorter.
         count = ids[:, 1:].numel()
         totals[0] += loss * count
         totals[1] += count
     model.train(was_training)
-    nats, characters = all_reduce(totals).tolist()
+    nats, characters = all_reduce(totals).tolist()  # read only now, since Python has to wait for a GPU here
     return nats / characters
 
 
@@ -666,7 +665,7 @@ def sibling(model: Path, ending: str) -> Path:
 
 
 def save_evaluation(run: Run, is_best: bool) -> None:
-    """Save the model if it is the best so far, the metrics and the plot. Raises OSError."""
+    """Save the metrics, the plot, and the model if it is the best so far. Raises OSError."""
     settings = run.settings
     if is_best:
         save_model(settings.model, run.average, run.vocabulary)
@@ -758,7 +757,7 @@ def restore(run: Run, state: dict) -> Run:
 
 
 def checked_record(saved: dict) -> Record:
-    """Return the record of a state file. Raises one of many exceptions for what no run comes to."""
+    """Return the record of a state file. Raises one of many exceptions for what no run can have saved."""
     expected = {name: type(value) for name, value in asdict(Record()).items()}
     if {name: type(value) for name, value in saved.items()} != expected:
         raise ValueError("other fields than those of a record")
@@ -781,11 +780,11 @@ def keep_earlier_run(model: Path, start: Path | None) -> None:
 
     The model itself stays, until this run has a better one to put in its place.
     """
-    ending = ".pkl" if model.suffix == ".pkl" else ""
-    backup = sibling(model, f".old{ending}")
-    targets = [os.path.realpath(backup), os.path.realpath(sibling(backup, ".state.pkl"))]
-    if start is not None and os.path.realpath(start) in targets:  # this run starts from a file that has to stay
-        backup = sibling(model, f".old-2{ending}")
+    suffix = ".pkl" if model.suffix == ".pkl" else ""
+    backup = sibling(model, f".old{suffix}")
+    replaced = [os.path.realpath(backup), os.path.realpath(sibling(backup, ".state.pkl"))]
+    if start is not None and os.path.realpath(start) in replaced:  # the file that this run starts from has to stay
+        backup = sibling(model, f".old-2{suffix}")
     if model.exists():
         copy_file(model, backup)
         print(f"the earlier {model} is kept as {backup}", file=sys.stderr)
@@ -821,7 +820,7 @@ class Progress:
     def __init__(self, settings: Settings, first_step: int, evaluation: list[Rows]):
         self.settings = settings
         self.is_terminal = sys.stderr.isatty()
-        # A row costs a third in evaluation of what it costs in training: an evaluation counts as so many steps.
+        # A row costs a third of what it costs in training, so an evaluation takes as long as this many steps.
         rows = sum(len(offsets) for part in evaluation for offsets, _ in part.batches) * WORLD_SIZE
         self.evaluation_steps = rows / settings.batch_size / 3
         self.first_work = self.work_until(first_step)
@@ -844,7 +843,7 @@ class Progress:
     def work_until(self, step: int) -> float:
         """Return the work up to this step, with the evaluations on the way, counted in steps."""
         evaluations = step // self.settings.eval_interval
-        if step == self.settings.max_iters and step % self.settings.eval_interval:
+        if step == self.settings.max_iters and step % self.settings.eval_interval:  # the last step is always evaluated
             evaluations += 1
         return step + evaluations * self.evaluation_steps
 
@@ -997,7 +996,7 @@ class Start(NamedTuple):
     state: dict | None = None
 
 
-def training_parser() -> argparse.ArgumentParser:
+def training_parser() -> ArgumentParser:
     parser, flag = make_parser("Train a GPT on output_train.txt and keep the best model.")
     integer, positive, real = bounded(int, 0), bounded(int, 1), bounded(float, 0)
     rates = " and ".join(f"{rate} with {optimizer}" for optimizer, rate in LEARNING_RATES.items())
@@ -1054,11 +1053,9 @@ def parse_args(arguments: list[str] | None = None) -> tuple[Settings, Start | No
     return work_out_defaults(parser, args), start
 
 
-def parse_again(
-    parser: argparse.ArgumentParser, arguments: list[str] | None, settled: dict, source: Path
-) -> argparse.Namespace:
+def parse_again(parser: ArgumentParser, arguments: list[str] | None, settled: dict, source: Path) -> Namespace:
     """Parse with the values of a file in place of the defaults. A flag that contradicts the file ends the program."""
-    args = parser.parse_args(arguments, argparse.Namespace(**settled))
+    args = parser.parse_args(arguments, Namespace(**settled))
     for name in sorted(settled.keys() - {*MAY_CHANGE_ON_RESUME, "max_iters"}):
         given, value = getattr(args, name), settled[name]
         if given != value:
@@ -1067,9 +1064,7 @@ def parse_again(
     return args
 
 
-def parse_resumed(
-    parser: argparse.ArgumentParser, arguments: list[str] | None, model: Path
-) -> tuple[argparse.Namespace, Start]:
+def parse_resumed(parser: ArgumentParser, arguments: list[str] | None, model: Path) -> tuple[Namespace, Start]:
     """Return the settings of the saved run, with those that the user may change, and its model and state.
 
     Raises OSError and ModelFileError.
@@ -1084,7 +1079,9 @@ def parse_resumed(
     except (TypeError, KeyError, AttributeError) as error:
         raise ModelFileError(f"{source}: does not hold a run to go on with") from error
     start = Start(*build_model(content, source), state)
-    args = parse_again(parser, arguments, {**saved, "model": model, "resume": True}, source)
+    # Which files to write is for the user to say: "plot" is not taken from the state.
+    settled = {**saved, "model": model, "plot": None, "resume": True}
+    args = parse_again(parser, arguments, settled, source)
     # A shorter schedule would have had other learning rates in the steps that are done.
     if args.max_iters < saved["max_iters"]:
         parser.error(f"argument -max_iters: {source} has {saved['max_iters']}, which may only grow")
@@ -1107,7 +1104,7 @@ def check_state(state: object, model: Path, source: Path) -> None:
         raise ModelFileError(f"{source}: is the state of {owner!r}, not of {model.name!r}; give it back its name")
 
 
-def work_out_defaults(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Settings:
+def work_out_defaults(parser: ArgumentParser, args: Namespace) -> Settings:
     """Return the settings, with what follows from other flags or from this machine where a flag is not given."""
     device_name = args.device
     if device_name in (None, "cuda") and torch.cuda.is_available():
@@ -1119,8 +1116,8 @@ def work_out_defaults(parser: argparse.ArgumentParser, args: argparse.Namespace)
         args.dropout = default_dropout(args)
     if args.dtype is None:
         args.dtype = name_of(default_dtype(device))
-    # What -resume parses again. The defaults below are not part of it: they follow -max_iters, which may grow, and the
-    # device. What a stranger's state must not decide is left out too: which files to write.
+    # What -resume parses again. The files to write are left out: each command names its own. So are the defaults below:
+    # they follow -max_iters, which may grow, and the device.
     kept = vars(args).keys() - {"model", "resume", "plot"}
     arguments = [f"-{name}={value}" for name, value in vars(args).items() if name in kept and value is not None]
     if args.min_lr is None:
@@ -1130,10 +1127,10 @@ def work_out_defaults(parser: argparse.ArgumentParser, args: argparse.Namespace)
     if args.compile is None:
         args.compile = "on" if device.type == "cuda" else "off"
     resolved = {"device": device, "dtype": getattr(torch, args.dtype), "arguments": arguments}
-    return Settings(**{**vars(args), **resolved})
+    return Settings(**(vars(args) | resolved))
 
 
-def default_dropout(args: argparse.Namespace) -> float:
+def default_dropout(args: Namespace) -> float:
     """Return how much to drop: the more often a run passes over the text, the easier it learns it by heart.
 
     Of 0, 0.1 and 0.2, the best was 0 for 5 and for 10 passes, and 0.2 for 25.
@@ -1144,7 +1141,7 @@ def default_dropout(args: argparse.Namespace) -> float:
     return round(0.2 * min(1.0, max(0.0, (passes - 10) / 15)), 3)
 
 
-def check_together(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def check_together(parser: ArgumentParser, args: Namespace) -> None:
     """End the program if flags do not fit one another."""
     pieces = WORLD_SIZE * args.grad_accum
     if args.batch_size % pieces:
