@@ -101,10 +101,9 @@ class Run(NamedTuple):
 
 
 def train(run: Run, interruption: Interruption) -> None:
-    """Train until the last step, until `-patience` is exhausted or until a signal arrives.
+    """Train until the last step, until `-patience` is exhausted or until a signal arrives, and save on the way.
 
-    Save the best model, the state and the metrics on the way. Raises OSError, and TrainingError once the loss is no
-    longer a number.
+    Raises OSError, and TrainingError once the loss is no longer a number.
     """
     settings, model, optimizer, record = run.settings, run.model, run.optimizer, run.record
     evaluation = evaluation_rows(run)
@@ -125,7 +124,7 @@ def train(run: Run, interruption: Interruption) -> None:
                     with autocast(settings.device, settings.dtype):
                         _, loss = forward(x, y)
                     optimizer.scaler.scale(loss / settings.grad_accum).backward()
-                losses.append(loss.detach())  # or the activations of every part would stay in memory
+                losses.append(loss.detach())  # its value, without the graph that led to it
             loss = torch.stack(losses).mean()
 
             # 3. Step: move the weights against their gradients.
@@ -162,7 +161,8 @@ def check_loss(loss: float, run: Run) -> float:
     """Return the loss. Raises TrainingError if it is no longer a number."""
     if math.isfinite(loss):
         return loss
-    step, rate = run.record.step, learning_rate_at(run.record.step - 1, run.settings)
+    step = run.record.step
+    rate = learning_rate_at(step - 1, run.settings)
     kept = f"; the best model so far is in {run.settings.model}" if run.record.best_loss < math.inf else ""
     raise TrainingError(
         f"the loss is {loss} after step {step}, at learning rate {rate:.2g}; "
@@ -297,7 +297,7 @@ class Text:
     def characters(self, offset: int, length: int) -> str:
         """Return the `length` characters that begin at this byte. Raises TrainingError."""
         try:
-            # Not the end of the text, so the last character may be torn: leave it out.
+            # More may follow these bytes (False: they are not the end), so a character cut in two is left out.
             text, _ = utf_8_decode(self.bytes[offset : offset + 4 * length], "strict", False)
         except UnicodeDecodeError as error:
             raise TrainingError(f"{self.path}: not UTF-8 text at byte {offset + error.start}") from error
@@ -390,7 +390,7 @@ class Muon(torch.optim.Optimizer):
             parameters, rows = group["params"], group["rows"]
             gradients = torch.cat([parameter.grad for parameter in parameters])
             gradients = gradients.unflatten(0, (-1, rows))  # (N, rows, columns): all matrices are worked on together
-            state = self.state[parameters[0]]  # of the whole group
+            state = self.state[parameters[0]]  # the whole group's, kept with its first parameter
             if not state:
                 state["momentum"] = torch.zeros_like(gradients)
             state["momentum"].lerp_(gradients, 1 - group["momentum"])
@@ -438,8 +438,8 @@ class Optimizer:
         share = ADAMW_SHARE_BESIDE_MUON if muon_groups else 1.0
         adamw = torch.optim.AdamW(
             [
-                {"params": matrices, "share": share, "weight_decay": settings.weight_decay},
-                {"params": vectors, "share": share, "weight_decay": 0.0},
+                {"params": matrices, "lr_share": share, "weight_decay": settings.weight_decay},
+                {"params": vectors, "lr_share": share, "weight_decay": 0.0},
             ],
             betas=(0.9, adamw_beta2(settings.batch_size * settings.block_size)),
             fused=True,  # one operation for all weights, not several for each
@@ -455,7 +455,7 @@ class Optimizer:
         parameters = [parameter for group in groups for parameter in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
         for group in groups:
-            group["lr"] = learning_rate * group.get("share", 1.0)
+            group["lr"] = learning_rate * group.get("lr_share", 1.0)  # Muon's groups take the whole rate
         # In float16 a gradient may overflow. The scaler then skips the part that it belongs to; but clipping has spoilt
         # the other part's gradients too.
         spoilt = len(self.parts) > 1 and self.scaler.is_enabled() and not norm.isfinite()
@@ -479,7 +479,8 @@ class Optimizer:
                 parameter: {name: value.shape for name, value in values.items() if value.is_contiguous()}
                 for parameter, values in part.state.items()
             }
-            # The fused step trusts shapes blindly: it would write to memory that belongs to something else.
+            # The fused step trusts shapes blindly: it would write to memory that belongs to something else. Before the
+            # first step there is no state.
             if found not in ({}, expected):
                 raise ValueError("the state of another optimizer or model")
 
@@ -710,7 +711,7 @@ def save_state(run: Run) -> None:
         "version": STATE_VERSION,
         "model": settings.model.name,
         "arguments": settings.arguments,
-        "fast_dtype": name_of(default_dtype(settings.device)),  # so that another machine can suggest another one
+        "fast_dtype": name_of(default_dtype(settings.device)),  # so that -resume can say if another is faster there
         "texts": [run.train_text.fingerprint(), run.val_text.fingerprint()],
         "record": asdict(run.record),
         "average": run.average.state_dict(),
@@ -852,8 +853,10 @@ class Progress:
 
     def show(self, step: int, loss: float) -> None:
         self.shown = time.monotonic()
-        settings, work = self.settings, self.work_until(step)
-        seconds_per_step = (self.shown - self.started) / (work - self.first_work)
+        settings = self.settings
+        work = self.work_until(step)
+        seconds = max(0.001, self.shown - self.started)  # the clock of Windows stands still for up to 16 ms
+        seconds_per_step = seconds / (work - self.first_work)
         tokens_per_second = settings.batch_size * settings.block_size / seconds_per_step
         left = tqdm.format_interval((self.work_until(settings.max_iters) - work) * seconds_per_step)
         text = f"step {step}/{settings.max_iters}: loss {loss:.3f}, {tokens_per_second:,.0f} tok/s, {left} left"
@@ -976,7 +979,7 @@ class Interruption:
 
 # The command line ----------------------------------------------------------------------------------------------------
 
-# Flags that don't change what is learnt, or that a resumed run may change on purpose; so may -max_iters, upwards
+# Flags that don't change what is learnt, or that a resumed run may change on purpose. -max_iters may grow, too.
 MAY_CHANGE_ON_RESUME = ("data_dir", "device", "dtype", "compile", "grad_accum", "save_interval", "patience", "plot")
 SHAPE = ("n_embd", "n_head", "n_layer", "block_size")
 
@@ -1136,7 +1139,7 @@ def default_dropout(args: Namespace) -> float:
     Of 0, 0.1 and 0.2, the best was 0 for 5 and for 10 passes, and 0.2 for 25.
     """
     text = args.data_dir / "output_train.txt"
-    size = text.stat().st_size if text.is_file() else 0  # without it, the run ends with a better error later
+    size = text.stat().st_size if text.is_file() else 0  # a missing text has an error of its own later
     passes = args.max_iters * args.batch_size * args.block_size / max(1, size)
     return round(0.2 * min(1.0, max(0.0, (passes - 10) / 15)), 3)
 
