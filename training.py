@@ -1077,10 +1077,7 @@ def parse_resumed(parser: ArgumentParser, arguments: list[str] | None, model: Pa
     state = content.get("training")
     check_state(state, model, source)
     # The saved flags go through the same parser as a user's: a state may come from a stranger.
-    try:
-        saved = vars(parser.parse_args(state["arguments"]))
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ModelFileError(f"{source}: does not hold a run to go on with") from error
+    saved = vars(parser.parse_args(state["arguments"]))
     start = Start(*build_model(content, source), state)
     # Which files to write is for the user to say: "plot" is not taken from the state.
     settled = {**saved, "model": model, "plot": None, "resume": True}
@@ -1095,7 +1092,8 @@ def parse_resumed(parser: ArgumentParser, arguments: list[str] | None, model: Pa
 
 def check_state(state: object, model: Path, source: Path) -> None:
     """Raise ModelFileError unless this is the state of the run that trains this model."""
-    if not isinstance(state, dict):
+    arguments = state.get("arguments") if isinstance(state, dict) else None
+    if not isinstance(arguments, list) or not all(isinstance(argument, str) for argument in arguments):
         raise ModelFileError(f"{source}: does not hold a run to go on with")
     if state.get("version") != STATE_VERSION:
         raise ModelFileError(
