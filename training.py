@@ -14,7 +14,6 @@ Beside the best model a run keeps `model-01.state.pkl`, from which `-resume` goe
 
 from __future__ import annotations
 
-import argparse
 import copy
 import importlib.util
 import math
@@ -25,9 +24,9 @@ import signal
 import sys
 import time
 import zlib
+from argparse import ArgumentParser, Namespace
 from codecs import utf_8_decode
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,13 +70,13 @@ LEARNING_RATES = {"adamw": 3e-3, "muon": 0.02}
 # the last steps leave open, and more is learnt on the way.
 MIN_LR_SHARES = {"adamw": 0.3, "muon": 0.1}
 ADAMW_SHARE_BESIDE_MUON = 0.075  # of Muon's learning rate
-# The a, b and c of three polynomials that, one after another, bring every number from 0.003 to 1 near 1. Amsel et al.
-# 2025, "The Polar Express", say how they are found. Jordan's own five end at the same loss and take 1.5 times as long.
+# Three polynomials (a, b, c) that, one after another, bring every number between 0.003 and 1 close to 1. Amsel et al.
+# 2025, "The Polar Express", say how to find them. Jordan's own five end at the same loss and take 1.5 times as long.
 POLYNOMIALS = ((8.138, -22.714, 16.325), (3.965, -2.836, 0.522), (3.524, -2.640, 0.527))
 ADAMW_AVERAGING_TOKENS = 80_000  # over which AdamW averages the square of a gradient
 AVERAGED_SHARE = 0.05  # of the run's steps, over which weights are averaged
 PLATEAU_EVALUATIONS = 5  # without a better one, after which the run says so
-CHUNK = 2**24  # bytes of text looked at in one go
+CHUNK = 2**24  # bytes of text looked at at once
 STATE_VERSION = 2  # of the state files; others can't be resumed
 
 
@@ -102,15 +101,14 @@ class Run(NamedTuple):
 
 
 def train(run: Run, interruption: Interruption) -> None:
-    """Train until the last step, until `-patience` is exhausted or until a signal arrives.
+    """Train until the last step, until `-patience` is exhausted or until a signal arrives, and save on the way.
 
-    Save the best model, the state and the metrics on the way. Raises OSError, and TrainingError once the loss is no
-    longer a number.
+    Raises OSError, and TrainingError once the loss is no longer a number.
     """
     settings, model, optimizer, record = run.settings, run.model, run.optimizer, run.record
     evaluation = evaluation_rows(run)
     forward = prepare_forward(run)
-    started = time.monotonic() - record.seconds
+    started = time.monotonic() - record.seconds  # a resumed run counts on
     with Progress(settings, record.step, evaluation) as progress:
         while not (is_finished(record, settings) or interruption.received_by_any()):
             # 1. Draw a batch, and seed dropout. Both depend on the step alone, so a resumed run sees the same ones.
@@ -118,7 +116,7 @@ def train(run: Run, interruption: Interruption) -> None:
             torch.manual_seed(random_seed(settings.seed, record.step, DROPOUT, RANK))
 
             # 2. Forward and backward, in `grad_accum` parts; their gradients add up.
-            model.zero_grad(set_to_none=True)
+            model.zero_grad()
             losses = []
             for x, y in zip(inputs.chunk(settings.grad_accum), targets.chunk(settings.grad_accum)):
                 is_last = len(losses) == settings.grad_accum - 1
@@ -126,7 +124,7 @@ def train(run: Run, interruption: Interruption) -> None:
                     with autocast(settings.device, settings.dtype):
                         _, loss = forward(x, y)
                     optimizer.scaler.scale(loss / settings.grad_accum).backward()
-                losses.append(loss.detach())
+                losses.append(loss.detach())  # its value, without the graph that led to it
             loss = torch.stack(losses).mean()
 
             # 3. Step: move the weights against their gradients.
@@ -155,7 +153,7 @@ def train(run: Run, interruption: Interruption) -> None:
 
 
 def is_finished(record: Record, settings: Settings) -> bool:
-    is_out_of_patience = 0 < settings.patience <= record.evaluations_since_best
+    is_out_of_patience = 0 < settings.patience <= record.evaluations_since_best  # 0 is endless patience
     return record.step >= settings.max_iters or is_out_of_patience
 
 
@@ -163,7 +161,8 @@ def check_loss(loss: float, run: Run) -> float:
     """Return the loss. Raises TrainingError if it is no longer a number."""
     if math.isfinite(loss):
         return loss
-    step, rate = run.record.step, learning_rate_at(run.record.step - 1, run.settings)
+    step = run.record.step
+    rate = learning_rate_at(step - 1, run.settings)
     kept = f"; the best model so far is in {run.settings.model}" if run.record.best_loss < math.inf else ""
     raise TrainingError(
         f"the loss is {loss} after step {step}, at learning rate {rate:.2g}; "
@@ -187,6 +186,7 @@ def prepare_forward(run: Run) -> torch.nn.Module:
     if run.settings.compile == "on":
         forward = compile_model(run.model, get_batch(run.train_text, 0, run.settings), run.settings)
     if WORLD_SIZE > 1:
+        # Gradients are sent from where they lie, without a copy. Masks are the same everywhere: they need not be sent.
         forward = DistributedDataParallel(forward, gradient_as_bucket_view=True, broadcast_buffers=False)
     return forward
 
@@ -198,6 +198,7 @@ def compile_model(model: GPTLanguageModel, batch: tuple, settings: Settings) -> 
     started = time.monotonic()
     inputs, targets = (part.chunk(settings.grad_accum)[0] for part in batch)
     try:
+        # torch compiles when the model is first called. Call it here, where training can still go on without.
         with autocast(settings.device, settings.dtype):
             _, loss = forward(inputs, targets)
         loss.backward()
@@ -250,8 +251,10 @@ class Text:
         random = np.random.default_rng(key)
         offsets = random.integers(0, self.last_start, count, endpoint=True)
         # Draw again what fell inside a character; else characters of many bytes would be drawn more often.
-        while (inside := is_continuation(self.array[offsets])).any():
+        inside = is_continuation(self.array[offsets])
+        while inside.any():
             offsets[inside] = random.integers(0, self.last_start, np.count_nonzero(inside), endpoint=True)
+            inside = is_continuation(self.array[offsets])
         return offsets
 
     def windows(self) -> tuple[np.ndarray, int]:
@@ -262,12 +265,13 @@ class Text:
         block_size = self.row_length - 1
         offsets = []
         count = 0  # characters so far
+        # In chunks: a place takes 8 bytes in NumPy, so those of all characters may not fit into memory.
         for start in range(0, self.size, CHUNK):
             characters = np.flatnonzero(~is_continuation(self.array[start : start + CHUNK]))
             first = -count % block_size  # of these characters, the first that begins a row
             offsets.append(start + characters[first::block_size])
             count += len(characters)
-        rows = -(-(count - 1) // block_size)  # rounded up; the last character predicts nothing
+        rows = math.ceil((count - 1) / block_size)  # the last character predicts nothing
         return np.concatenate(offsets)[:rows], count - (rows - 1) * block_size
 
     def rows(self, offsets: np.ndarray, length: int | None = None) -> np.ndarray:
@@ -278,6 +282,7 @@ class Text:
         """
         length = length or self.row_length
         texts = [self.characters(offset, length) for offset in offsets.tolist()]
+        # In UTF-32, each character is a number of 4 bytes: its code point.
         code_points = np.frombuffer("".join(texts).encode("utf-32-le"), dtype=np.uint32)
         ids = self.ids[code_points].reshape(len(offsets), length)
         if ids.min() < 0:
@@ -292,7 +297,7 @@ class Text:
     def characters(self, offset: int, length: int) -> str:
         """Return the `length` characters that begin at this byte. Raises TrainingError."""
         try:
-            # Not the end of the text, so the last character may be torn: leave it out.
+            # More may follow these bytes (False: they are not the end), so a character cut in two is left out.
             text, _ = utf_8_decode(self.bytes[offset : offset + 4 * length], "strict", False)
         except UnicodeDecodeError as error:
             raise TrainingError(f"{self.path}: not UTF-8 text at byte {offset + error.start}") from error
@@ -343,9 +348,9 @@ def get_batch(text: Text, step: int, settings: Settings) -> tuple[torch.Tensor, 
 
 def learning_rate_at(step: int, settings: Settings) -> float:
     """Return the learning rate: a linear warm-up, then a cosine down to `min_lr` at the last step."""
-    if step < settings.warmup_iters:
+    if step < settings.warmup_iters:  # at full speed from the start, this kind of model diverges
         return settings.learning_rate * (step + 1) / settings.warmup_iters
-    progress = (step - settings.warmup_iters) / max(1, settings.max_iters - settings.warmup_iters)
+    progress = (step - settings.warmup_iters) / (settings.max_iters - settings.warmup_iters)  # from 0 to 1
     return settings.min_lr + (settings.learning_rate - settings.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -385,7 +390,7 @@ class Muon(torch.optim.Optimizer):
             parameters, rows = group["params"], group["rows"]
             gradients = torch.cat([parameter.grad for parameter in parameters])
             gradients = gradients.unflatten(0, (-1, rows))  # (N, rows, columns): all matrices are worked on together
-            state = self.state[parameters[0]]
+            state = self.state[parameters[0]]  # the whole group's, kept with its first parameter
             if not state:
                 state["momentum"] = torch.zeros_like(gradients)
             state["momentum"].lerp_(gradients, 1 - group["momentum"])
@@ -394,7 +399,7 @@ class Muon(torch.optim.Optimizer):
             # A tall matrix has more rows than directions to move in, so each row gets less: make up for it.
             length = group["lr"] * max(1, rows / gradients.shape[2]) ** 0.5
             for parameter, update in zip(parameters, updates):
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])  # apart from the gradient, as in AdamW
                 parameter.add_(update, alpha=-length)
 
 
@@ -429,31 +434,28 @@ class Optimizer:
         others = [parameter for parameter in model.parameters() if parameter not in taken]
         matrices = [parameter for parameter in others if parameter.dim() >= 2]
         vectors = [parameter for parameter in others if parameter.dim() < 2]
+        # Muon's rate says how far a matrix turns; what AdamW moves beside it needs a smaller one.
+        share = ADAMW_SHARE_BESIDE_MUON if muon_groups else 1.0
         adamw = torch.optim.AdamW(
             [
-                {"params": matrices, "weight_decay": settings.weight_decay},
-                {"params": vectors, "weight_decay": 0.0},
+                {"params": matrices, "lr_share": share, "weight_decay": settings.weight_decay},
+                {"params": vectors, "lr_share": share, "weight_decay": 0.0},
             ],
             betas=(0.9, adamw_beta2(settings.batch_size * settings.block_size)),
-            fused=True,
+            fused=True,  # one operation for all weights, not several for each
         )
-        # Muon's rate says how far a matrix turns; the rest needs a smaller one.
-        self.parts: list[torch.optim.Optimizer] = [adamw]
-        for group in adamw.param_groups:
-            group["share"] = ADAMW_SHARE_BESIDE_MUON if taken else 1.0  # of the learning rate
-        if taken:
-            self.parts.insert(0, Muon(muon_groups, settings.weight_decay))
+        self.parts = [Muon(muon_groups, settings.weight_decay), adamw] if muon_groups else [adamw]
         self.scaler = torch.amp.GradScaler(settings.device.type, enabled=settings.dtype == torch.float16)
 
     def step(self, learning_rate: float, grad_clip: float) -> None:
         """Clip the gradients to a norm of `grad_clip` over all weights (0: don't), and move the weights."""
         groups = [group for part in self.parts for group in part.param_groups]
-        for part in self.parts:
+        for part in self.parts:  # or the norm would be that of scaled gradients
             self.scaler.unscale_(part)
         parameters = [parameter for group in groups for parameter in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
         for group in groups:
-            group["lr"] = learning_rate * group.get("share", 1.0)
+            group["lr"] = learning_rate * group.get("lr_share", 1.0)  # Muon's groups take the whole rate
         # In float16 a gradient may overflow. The scaler then skips the part that it belongs to; but clipping has spoilt
         # the other part's gradients too.
         spoilt = len(self.parts) > 1 and self.scaler.is_enabled() and not norm.isfinite()
@@ -463,6 +465,7 @@ class Optimizer:
         self.scaler.update()
 
     def state(self) -> dict:
+        # The rest of a state_dict, rates and decays, follows from the settings.
         return {"parts": [part.state_dict()["state"] for part in self.parts], "scaler": self.scaler.state_dict()}
 
     def restore(self, state: dict) -> None:
@@ -476,7 +479,8 @@ class Optimizer:
                 parameter: {name: value.shape for name, value in values.items() if value.is_contiguous()}
                 for parameter, values in part.state.items()
             }
-            # The fused step trusts shapes blindly: it would write to memory that belongs to something else.
+            # The fused step trusts shapes blindly: it would write to memory that belongs to something else. Before the
+            # first step there is no state.
             if found not in ({}, expected):
                 raise ValueError("the state of another optimizer or model")
 
@@ -518,18 +522,6 @@ def shapes_of_state(part: torch.optim.Optimizer) -> dict:
 # Several processes ---------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
-    """Connect the processes that torchrun has started, if it has, while the block runs."""
-    if WORLD_SIZE == 1:
-        yield
-        return
-    # Signals are agreed upon on the CPU, also where gradients are shared among GPUs.
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    yield
-    distributed.destroy_process_group()
-
-
 def all_reduce(values: torch.Tensor, operation: str = "SUM") -> torch.Tensor:
     """All-reduce `values` across processes, in place, and return them."""
     if WORLD_SIZE > 1 and distributed.is_initialized():
@@ -539,6 +531,7 @@ def all_reduce(values: torch.Tensor, operation: str = "SUM") -> torch.Tensor:
 
 def sharing_gradients(forward: torch.nn.Module, is_last: bool):
     """Return a context whose backward pass shares gradients among processes only for the last part of a step."""
+    # They add up in each process until then. Sent with every part, they would cross the network `grad_accum` times.
     if is_last or WORLD_SIZE == 1:
         return nullcontext()
     return forward.no_sync()
@@ -548,7 +541,7 @@ def sharing_gradients(forward: torch.nn.Module, is_last: bool):
 
 
 class Rows(NamedTuple):
-    """The rows of a text to evaluate on, in batches of byte offsets and the length of a row in characters."""
+    """The rows of a text to evaluate on: batches, each with its byte offsets and the characters in a row."""
 
     text: Text
     batches: list[tuple[np.ndarray, int]]
@@ -571,13 +564,14 @@ def evaluation_rows(run: Run) -> list[Rows]:
 def choose_rows(text: Text, limit: int, count: int, settings: Settings) -> Rows:
     """Return all rows of a text that has at most `limit`; else `count` from anywhere, always the same ones."""
     last = []
-    # The size alone rules out most long texts, without reading them.
+    # A character has at most 4 bytes, so the size alone rules out most long texts, without reading them.
     is_whole = text.size <= 4 * settings.block_size * limit and len(text.windows()[0]) <= limit
     if is_whole:
         offsets, last_length = text.windows()
-        last = [(offsets[-1:], last_length)]
+        last = [(offsets[-1:], last_length)]  # a batch of its own, since it may be shorter
         offsets = offsets[:-1]
     else:
+        # A key without the step: with other rows each time, two losses would differ though the model is the same.
         offsets = text.draw_offsets(count, [settings.seed, 0, EVAL_ROWS])
     size = settings.batch_size // (WORLD_SIZE * settings.grad_accum)
     batches = [(offsets[i : i + size], settings.block_size + 1) for i in range(0, len(offsets), size)]
@@ -599,11 +593,12 @@ def mean_loss(model: GPTLanguageModel, rows: Rows, device: torch.device, dtype: 
         ids = torch.from_numpy(rows.text.rows(offsets, length)).to(device)
         with autocast(device, dtype):
             _, loss = model(ids[:, :-1], ids[:, 1:])
-        # Weigh each batch by its characters: the last one is shorter.
+        # Weigh each batch by its characters: the last one may be shorter.
         count = ids[:, 1:].numel()
-        totals += torch.stack([loss * count, torch.full_like(loss, count)])
+        totals[0] += loss * count
+        totals[1] += count
     model.train(was_training)
-    nats, characters = all_reduce(totals).tolist()
+    nats, characters = all_reduce(totals).tolist()  # read only now, since Python has to wait for a GPU here
     return nats / characters
 
 
@@ -628,11 +623,12 @@ def sample_lines(model: GPTLanguageModel, vocabulary: Vocabulary, settings: Sett
     # A generator of its own, so that a sample does not change the random numbers of the training.
     generator = torch.Generator(settings.device).manual_seed(settings.seed)
     start = torch.tensor([[vocabulary.ids.get("\n", 0)]], device=settings.device)
-    banned_ids = vocabulary.banned_ids if len(vocabulary) > 1 else []
+    banned_ids = vocabulary.banned_ids if len(vocabulary) > 1 else []  # or there would be nothing to write
     ids = model.generate(start, 160, temperature=0.8, generator=generator, banned_ids=banned_ids)
     text = vocabulary.decode(ids[0, 1:].tolist())
-    lines = [line[i : i + 76] for line in text.splitlines() for i in range(0, len(line), 76) if line.strip()]
-    return ["".join(c if c.isprintable() else " " for c in line) for line in lines[:2]]
+    lines = [line for line in text.splitlines() if line.strip()]
+    pieces = [line[i : i + 76] for line in lines for i in range(0, len(line), 76)]
+    return ["".join(c if c.isprintable() else " " for c in piece) for piece in pieces[:2]]
 
 
 # The record and the files of a run -----------------------------------------------------------------------------------
@@ -670,7 +666,7 @@ def sibling(model: Path, ending: str) -> Path:
 
 
 def save_evaluation(run: Run, is_best: bool) -> None:
-    """Save the model if it is the best so far, the metrics and the plot. Raises OSError."""
+    """Save the metrics, the plot, and the model if it is the best so far. Raises OSError."""
     settings = run.settings
     if is_best:
         save_model(settings.model, run.average, run.vocabulary)
@@ -680,16 +676,14 @@ def save_evaluation(run: Run, is_best: bool) -> None:
 
 
 def save_metrics(path: Path, record: Record) -> None:
+    # All rows each time: a row that is appended could be cut short when the disk is full.
     with atomic_write(path) as file:
         for row in (METRICS, *record.metrics):
             file.write(",".join(map(str, row)).encode() + b"\n")
 
 
 def draw_losses(path: Path, title: str, record: Record) -> None:
-    """Draw both losses over the steps, in nats and in bits, and mark the best model. Raises OSError.
-
-    Needs matplotlib.
-    """
+    """Draw both losses over the steps, in nats and in bits, and mark the best model. Raises OSError."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -716,8 +710,8 @@ def save_state(run: Run) -> None:
     state = {
         "version": STATE_VERSION,
         "model": settings.model.name,
-        "arguments": list(settings.arguments),
-        "fast_dtype": name_of(default_dtype(settings.device)),
+        "arguments": settings.arguments,
+        "fast_dtype": name_of(default_dtype(settings.device)),  # so that -resume can say if another is faster there
         "texts": [run.train_text.fingerprint(), run.val_text.fingerprint()],
         "record": asdict(run.record),
         "average": run.average.state_dict(),
@@ -764,11 +758,11 @@ def restore(run: Run, state: dict) -> Run:
 
 
 def checked_record(saved: dict) -> Record:
-    """Return the record of a state file. Raises one of many exceptions for what no run comes to."""
+    """Return the record of a state file. Raises one of many exceptions for what no run can have saved."""
+    expected = {name: type(value) for name, value in asdict(Record()).items()}
+    if {name: type(value) for name, value in saved.items()} != expected:
+        raise ValueError("other fields than those of a record")
     record = Record(**saved)
-    for name, value in asdict(Record()).items():
-        if type(saved[name]) is not type(value):
-            raise ValueError(f"{name} of another type")
     for row in record.metrics:
         if len(row) != len(METRICS) or not all(math.isfinite(number) for number in row):
             raise ValueError("metrics of another shape")
@@ -777,27 +771,21 @@ def checked_record(saved: dict) -> Record:
     return record
 
 
-def backup_of(model: Path, start: Path | None) -> Path:
-    """Return where to keep the model of an earlier run: model-01.old.pkl, unless the new run starts from that file."""
-    ending = ".pkl" if model.suffix == ".pkl" else ""
-    backup = sibling(model, f".old{ending}")
-    kept = [backup, sibling(backup, ".state.pkl")]
-    if start is not None and os.path.realpath(start) in map(os.path.realpath, kept):
-        return sibling(model, f".old-2{ending}")
-    return backup
-
-
 def original_name(model: str) -> str:
     """Return the name under which a kept model was trained: model-01.old.pkl -> model-01.pkl"""
     return re.sub(r"\.old(-2)?(?=(\.pkl)?$)", "", model)
 
 
 def keep_earlier_run(model: Path, start: Path | None) -> None:
-    """Copy the files of an earlier run, whose model also stays until this run saves one. Raises OSError.
+    """Copy the files of an earlier run: model-01.pkl to model-01.old.pkl, and so on. Raises OSError.
 
-    `start` is the file that this run starts from, which has to stay as it is.
+    The model itself stays, until this run has a better one to put in its place.
     """
-    backup = backup_of(model, start)
+    suffix = ".pkl" if model.suffix == ".pkl" else ""
+    backup = sibling(model, f".old{suffix}")
+    replaced = [os.path.realpath(backup), os.path.realpath(sibling(backup, ".state.pkl"))]
+    if start is not None and os.path.realpath(start) in replaced:  # the file that this run starts from has to stay
+        backup = sibling(model, f".old-2{suffix}")
     if model.exists():
         copy_file(model, backup)
         print(f"the earlier {model} is kept as {backup}", file=sys.stderr)
@@ -805,13 +793,15 @@ def keep_earlier_run(model: Path, start: Path | None) -> None:
         earlier = sibling(model, ending)
         if earlier.exists():
             copy_file(earlier, sibling(backup, ending))
-            # Of a link only the target goes: the new file is written to the same disk.
+            # Or -resume would go on with the earlier run until this one has saved. Of a link only the target goes: the
+            # new file is written to the same disk.
             Path(os.path.realpath(earlier)).unlink()
 
 
 def copy_file(source: Path, target: Path) -> None:
-    with name_file_in_errors(source), open(source, "rb") as file:
-        content = file.read()
+    """Copy a file. Until the copy is whole, an earlier one stays. Raises OSError."""
+    with name_file_in_errors(source):
+        content = source.read_bytes()
     with atomic_write(target) as file:
         file.write(content)
 
@@ -831,7 +821,7 @@ class Progress:
     def __init__(self, settings: Settings, first_step: int, evaluation: list[Rows]):
         self.settings = settings
         self.is_terminal = sys.stderr.isatty()
-        # A row costs a third in evaluation of what it costs in training: an evaluation counts as so many steps.
+        # A row costs a third of what it costs in training, so an evaluation takes as long as this many steps.
         rows = sum(len(offsets) for part in evaluation for offsets, _ in part.batches) * WORLD_SIZE
         self.evaluation_steps = rows / settings.batch_size / 3
         self.first_work = self.work_until(first_step)
@@ -854,7 +844,7 @@ class Progress:
     def work_until(self, step: int) -> float:
         """Return the work up to this step, with the evaluations on the way, counted in steps."""
         evaluations = step // self.settings.eval_interval
-        if step == self.settings.max_iters and step % self.settings.eval_interval:
+        if step == self.settings.max_iters and step % self.settings.eval_interval:  # the last step is always evaluated
             evaluations += 1
         return step + evaluations * self.evaluation_steps
 
@@ -863,8 +853,10 @@ class Progress:
 
     def show(self, step: int, loss: float) -> None:
         self.shown = time.monotonic()
-        settings, work = self.settings, self.work_until(step)
-        seconds_per_step = (self.shown - self.started) / (work - self.first_work)
+        settings = self.settings
+        work = self.work_until(step)
+        seconds = max(0.001, self.shown - self.started)  # the clock of Windows stands still for up to 16 ms
+        seconds_per_step = seconds / (work - self.first_work)
         tokens_per_second = settings.batch_size * settings.block_size / seconds_per_step
         left = tqdm.format_interval((self.work_until(settings.max_iters) - work) * seconds_per_step)
         text = f"step {step}/{settings.max_iters}: loss {loss:.3f}, {tokens_per_second:,.0f} tok/s, {left} left"
@@ -883,16 +875,16 @@ class Progress:
 def describe(run: Run) -> None:
     """Print what is trained, and on what."""
     settings = run.settings
-    device = f"{settings.device}, "
+    device = [str(settings.device)]
     if settings.device.type == "cpu":
         threads = torch.get_num_threads()
-        device += f"{threads} thread{'s' if threads > 1 else ''}, "
-    device += name_of(settings.dtype)
+        device.append(f"{threads} thread{'s' if threads > 1 else ''}")
+    device.append(name_of(settings.dtype))
     if WORLD_SIZE > 1:
-        device += f", {WORLD_SIZE} processes"
+        device.append(f"{WORLD_SIZE} processes")
     train_size, val_size = run.train_text.size / 1e6, run.val_text.size / 1e6
     tokens = settings.batch_size * settings.block_size
-    show(f"device      {device}")
+    show(f"device      {', '.join(device)}")
     show(f"model       {sum(p.numel() for p in run.model.parameters()):,} parameters")
     show(f"vocabulary  {len(run.vocabulary):,} characters")
     show(f"text        {train_size:,.2f} MB to train on, {val_size:,.2f} MB to validate with")
@@ -956,12 +948,11 @@ class Interruption:
         self.handlers = {}
 
     def __enter__(self) -> Interruption:
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)
-            if number is None:  # Windows has no SIGHUP
-                continue
-            if name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN:  # started by nohup
-                continue
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        # Windows has no SIGHUP. A run that nohup started ignores it, and goes on when the terminal is closed.
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        for number in numbers:
             self.handlers[number] = signal.signal(number, self.on_signal)
         return self
 
@@ -970,6 +961,7 @@ class Interruption:
             signal.signal(number, handler)
 
     def on_signal(self, number: int, frame) -> None:
+        # Only take note of it: it may come in the middle of a step, when some weights have moved and others have not.
         self.received = number
         if WORLD_SIZE == 1:
             # From now on the system ends the program: Python would wait for the end of a backward pass.
@@ -987,10 +979,8 @@ class Interruption:
 
 # The command line ----------------------------------------------------------------------------------------------------
 
-# Flags that don't change what is learnt, or that a resumed run may change on purpose
-MAY_CHANGE_ON_RESUME = (
-    *("model", "data_dir", "device", "dtype", "compile", "grad_accum", "save_interval", "patience", "plot", "resume"),
-)
+# Flags that don't change what is learnt, or that a resumed run may change on purpose. -max_iters may grow, too.
+MAY_CHANGE_ON_RESUME = ("data_dir", "device", "dtype", "compile", "grad_accum", "save_interval", "patience", "plot")
 SHAPE = ("n_embd", "n_head", "n_layer", "block_size")
 
 
@@ -1006,10 +996,10 @@ class Start(NamedTuple):
 
     model: GPTLanguageModel
     vocabulary: Vocabulary
-    state: dict | None
+    state: dict | None = None
 
 
-def training_parser() -> argparse.ArgumentParser:
+def training_parser() -> ArgumentParser:
     parser, flag = make_parser("Train a GPT on output_train.txt and keep the best model.")
     integer, positive, real = bounded(int, 0), bounded(int, 1), bounded(float, 0)
     rates = " and ".join(f"{rate} with {optimizer}" for optimizer, rate in LEARNING_RATES.items())
@@ -1050,38 +1040,34 @@ def training_parser() -> argparse.ArgumentParser:
 def parse_args(arguments: list[str] | None = None) -> tuple[Settings, Start | None]:
     """Return the settings, and the model file that the run starts from, if any. Raises OSError and ModelFileError."""
     parser = training_parser()
+    # Parse once to see where the run starts, and again with what that file has settled.
     args = parser.parse_args(arguments)
     start = None
     if args.resume:
         args, start = parse_resumed(parser, arguments, args.model)
     elif args.init_from:
         given = Vocabulary.from_file(args.vocab) if args.vocab else None
-        start = Start(*load_model(args.init_from, vocabulary=given), state=None)
+        start = Start(*load_model(args.init_from, vocabulary=given))
         shape = {name: start.model.config[name] for name in SHAPE}
-        args = parse_again(parser, arguments, shape, SHAPE, args.init_from)
+        args = parse_again(parser, arguments, shape, args.init_from)
     elif args.vocab:
         parser.error("argument -vocab: goes with -init_from only; training takes the vocab.txt in -data_dir")
     check_together(parser, args)
     return work_out_defaults(parser, args), start
 
 
-def parse_again(
-    parser: argparse.ArgumentParser, arguments: list[str] | None, settled: dict, fixed: Iterable[str], source: Path
-) -> argparse.Namespace:
-    """Parse with values in place of the defaults. A flag that contradicts one of the fixed ones ends the program."""
-    args = parser.parse_args(arguments, argparse.Namespace(**settled))
-    for name in sorted(fixed):
-        if getattr(args, name) != settled[name]:
-            value = "no value" if settled[name] is None else settled[name]
-            parser.error(
-                f"argument -{name}: {getattr(args, name)} contradicts {source}, which has {value}; leave it out"
-            )
+def parse_again(parser: ArgumentParser, arguments: list[str] | None, settled: dict, source: Path) -> Namespace:
+    """Parse with the values of a file in place of the defaults. A flag that contradicts the file ends the program."""
+    args = parser.parse_args(arguments, Namespace(**settled))
+    for name in sorted(settled.keys() - {*MAY_CHANGE_ON_RESUME, "max_iters"}):
+        given, value = getattr(args, name), settled[name]
+        if given != value:
+            value = "no value" if value is None else value
+            parser.error(f"argument -{name}: {given} contradicts {source}, which has {value}; leave it out")
     return args
 
 
-def parse_resumed(
-    parser: argparse.ArgumentParser, arguments: list[str] | None, model: Path
-) -> tuple[argparse.Namespace, Start]:
+def parse_resumed(parser: ArgumentParser, arguments: list[str] | None, model: Path) -> tuple[Namespace, Start]:
     """Return the settings of the saved run, with those that the user may change, and its model and state.
 
     Raises OSError and ModelFileError.
@@ -1091,13 +1077,11 @@ def parse_resumed(
     state = content.get("training")
     check_state(state, model, source)
     # The saved flags go through the same parser as a user's: a state may come from a stranger.
-    try:
-        saved = vars(parser.parse_args(state["arguments"]))
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ModelFileError(f"{source}: does not hold a run to go on with") from error
+    saved = vars(parser.parse_args(state["arguments"]))
     start = Start(*build_model(content, source), state)
-    fixed = saved.keys() - {*MAY_CHANGE_ON_RESUME, "max_iters"}
-    args = parse_again(parser, arguments, {**saved, "model": model, "resume": True}, fixed, source)
+    # Which files to write is for the user to say: "plot" is not taken from the state.
+    settled = {**saved, "model": model, "plot": None, "resume": True}
+    args = parse_again(parser, arguments, settled, source)
     # A shorter schedule would have had other learning rates in the steps that are done.
     if args.max_iters < saved["max_iters"]:
         parser.error(f"argument -max_iters: {source} has {saved['max_iters']}, which may only grow")
@@ -1108,7 +1092,8 @@ def parse_resumed(
 
 def check_state(state: object, model: Path, source: Path) -> None:
     """Raise ModelFileError unless this is the state of the run that trains this model."""
-    if not isinstance(state, dict):
+    arguments = state.get("arguments") if isinstance(state, dict) else None
+    if not isinstance(arguments, list) or not all(isinstance(argument, str) for argument in arguments):
         raise ModelFileError(f"{source}: does not hold a run to go on with")
     if state.get("version") != STATE_VERSION:
         raise ModelFileError(
@@ -1120,54 +1105,44 @@ def check_state(state: object, model: Path, source: Path) -> None:
         raise ModelFileError(f"{source}: is the state of {owner!r}, not of {model.name!r}; give it back its name")
 
 
-def work_out_defaults(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Settings:
+def work_out_defaults(parser: ArgumentParser, args: Namespace) -> Settings:
     """Return the settings, with what follows from other flags or from this machine where a flag is not given."""
-    learning_rate = args.learning_rate
-    if learning_rate is None:
-        learning_rate = LEARNING_RATES[args.optimizer]
-    min_lr = args.min_lr
-    if min_lr is None:
-        min_lr = MIN_LR_SHARES[args.optimizer] * learning_rate
-    warmup_iters = args.warmup_iters
-    if warmup_iters is None:
-        warmup_iters = min(150, args.max_iters // 3)
-    dropout = args.dropout
-    if dropout is None:
-        dropout = default_dropout(args)
     device_name = args.device
     if device_name in (None, "cuda") and torch.cuda.is_available():
         device_name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # a card for each process
     device = choose_device(parser, device_name)
-    dtype = getattr(torch, args.dtype) if args.dtype else default_dtype(device)
-    # What -resume parses again. What a stranger's state must not decide is left out: which files to write.
-    saved = {**vars(args), "learning_rate": learning_rate, "dropout": dropout, "dtype": name_of(dtype)}
-    for name in ("model", "resume", "plot"):
-        saved.pop(name, None)
-    resolved = {
-        "learning_rate": learning_rate,
-        "min_lr": min_lr,
-        "warmup_iters": warmup_iters,
-        "dropout": dropout,
-        "device": device,
-        "dtype": dtype,
-        "compile": args.compile or ("on" if device.type == "cuda" else "off"),
-        "arguments": tuple(f"-{name}={value}" for name, value in saved.items() if value is not None),
-    }
-    return Settings(**{**vars(args), **resolved})
+    if args.learning_rate is None:
+        args.learning_rate = LEARNING_RATES[args.optimizer]
+    if args.dropout is None:
+        args.dropout = default_dropout(args)
+    if args.dtype is None:
+        args.dtype = name_of(default_dtype(device))
+    # What -resume parses again. The files to write are left out: each command names its own. So are the defaults below:
+    # they follow -max_iters, which may grow, and the device.
+    kept = vars(args).keys() - {"model", "resume", "plot"}
+    arguments = [f"-{name}={value}" for name, value in vars(args).items() if name in kept and value is not None]
+    if args.min_lr is None:
+        args.min_lr = MIN_LR_SHARES[args.optimizer] * args.learning_rate
+    if args.warmup_iters is None:
+        args.warmup_iters = min(150, args.max_iters // 3)
+    if args.compile is None:
+        args.compile = "on" if device.type == "cuda" else "off"
+    resolved = {"device": device, "dtype": getattr(torch, args.dtype), "arguments": arguments}
+    return Settings(**(vars(args) | resolved))
 
 
-def default_dropout(args: argparse.Namespace) -> float:
+def default_dropout(args: Namespace) -> float:
     """Return how much to drop: the more often a run passes over the text, the easier it learns it by heart.
 
     Of 0, 0.1 and 0.2, the best was 0 for 5 and for 10 passes, and 0.2 for 25.
     """
     text = args.data_dir / "output_train.txt"
-    size = text.stat().st_size if text.is_file() else 0
+    size = text.stat().st_size if text.is_file() else 0  # a missing text has an error of its own later
     passes = args.max_iters * args.batch_size * args.block_size / max(1, size)
     return round(0.2 * min(1.0, max(0.0, (passes - 10) / 15)), 3)
 
 
-def check_together(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def check_together(parser: ArgumentParser, args: Namespace) -> None:
     """End the program if flags do not fit one another."""
     pieces = WORLD_SIZE * args.grad_accum
     if args.batch_size % pieces:
@@ -1219,21 +1194,19 @@ def starting_model(settings: Settings, start: Start | None) -> tuple[GPTLanguage
     shape = {name: getattr(settings, name) for name in SHAPE}
     model = GPTLanguageModel(len(vocabulary), dropout=settings.dropout, **shape)
     if start:
-        copy_weights(start.model, start.vocabulary, model, vocabulary)
+        copy_weights(start, model, vocabulary)
     return model, vocabulary
 
 
-def copy_weights(
-    old_model: GPTLanguageModel, old_vocabulary: Vocabulary, model: GPTLanguageModel, vocabulary: Vocabulary
-) -> None:
+def copy_weights(start: Start, model: GPTLanguageModel, vocabulary: Vocabulary) -> None:
     """Copy the weights into a model of the same shape, whose vocabulary has all the old characters and perhaps more."""
-    old_rows = torch.tensor([vocabulary.ids[character] for character in old_vocabulary.characters])
-    weights, old_weights = model.state_dict(), old_model.state_dict()
-    for name, weight in weights.items():
+    rows = [vocabulary.ids[character] for character in start.vocabulary.characters]
+    weights = model.state_dict()
+    for name, old_weight in start.model.state_dict().items():
         if name.startswith(("token_embedding_table", "lm_head")):  # a row for each character
-            weight[old_rows] = old_weights[name]
+            weights[name][rows] = old_weight
         else:
-            weight.copy_(old_weights[name])
+            weights[name].copy_(old_weight)
 
 
 def run_training(settings: Settings, start: Start | None, interruption: Interruption) -> int:
@@ -1253,9 +1226,12 @@ def run_training(settings: Settings, start: Start | None, interruption: Interrup
         show(f"resumed     after step {run.record.step} of {settings.max_iters}{end}")
     elif RANK == 0:
         keep_earlier_run(settings.model, settings.init_from)
-    with process_group(settings.device):
-        train(run, interruption)
-    # What follows needs no other process, so that none waits for one that has ended.
+    if WORLD_SIZE > 1:
+        # Signals are agreed upon on the CPU, also where gradients are shared among GPUs.
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if settings.device.type == "cuda" else "gloo")
+    train(run, interruption)
+    if WORLD_SIZE > 1:  # what follows needs no other process, so that none waits for one that has ended
+        distributed.destroy_process_group()
     if interruption.signal:
         save_state(run)
         message = f"interrupted after step {run.record.step}; to go on: {resume_command(settings)}"

@@ -782,6 +782,16 @@ def test_a_damaged_state_is_a_sentence(train, texts, finished_run, damage):
     assert_fails(done, "run.state.pkl: does not hold a run to go on with")
 
 
+def test_a_state_can_not_name_a_file_to_write(train, texts, finished_run):
+    path = put(texts, finished_run) / "run.state.pkl"
+    content = read_model_file(path)
+    content["training"]["arguments"] += ["-plot=loss.png", "-model=other.pkl"]
+    torch.save(content, path)
+    before = read_folder(texts).keys()
+    done = train("-resume", "-model=run.pkl", "-max_iters", 4)
+    assert read_folder(texts).keys() == before and "picture" not in done.stderr
+
+
 def test_a_state_of_an_earlier_version_is_a_sentence(train, texts, finished_run):
     path = put(texts, finished_run) / "run.state.pkl"
     content = read_model_file(path)
