@@ -134,7 +134,7 @@ def train(run: Run, interruption: Interruption) -> None:
             record.seconds = time.monotonic() - started
 
             # 4. Show the progress. Reading the loss waits for a GPU, so it is read only when it is shown or saved.
-            if progress.is_due():
+            if progress.is_due(record.step):
                 progress.show(record.step, check_loss(loss.item(), run))
 
             # 5. Evaluate, and keep the model if it is the best so far.
@@ -848,7 +848,9 @@ class Progress:
             evaluations += 1
         return step + evaluations * self.evaluation_steps
 
-    def is_due(self) -> bool:
+    def is_due(self, step: int) -> bool:
+        if self.is_terminal and step == self.settings.max_iters:  # so that the bar is full when it is left behind
+            return True
         return time.monotonic() - self.shown >= (0.5 if self.is_terminal else 60)
 
     def show(self, step: int, loss: float) -> None:

@@ -94,7 +94,7 @@ def due_at(monkeypatch):
 
     def patch(*steps: int) -> None:
         asked = iter(range(1, 10**6))
-        monkeypatch.setattr(training.Progress, "is_due", lambda self: next(asked) in steps)
+        monkeypatch.setattr(training.Progress, "is_due", lambda self, step: next(asked) in steps)
 
     return patch
 

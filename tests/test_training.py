@@ -300,12 +300,14 @@ def test_float16_scales_gradients_and_skips_a_step_that_overflows(texts):
     assert run.optimizer.scaler.get_scale() < 2.0**120
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_step_in_parts_learns_as_a_whole_one_does(train, texts, optimizer):
+# Muon multiplies in bfloat16 where a processor has units for it, so its results differ more.
+@pytest.mark.parametrize(("optimizer", "tolerance"), [("adamw", 1e-4), ("muon", 1e-3)])
+def test_a_step_in_parts_learns_as_a_whole_one_does(train, texts, optimizer, tolerance):
     train(*SAME, "-optimizer", optimizer)
     whole = losses(texts)
     train(*SAME, "-optimizer", optimizer, "-grad_accum", 4)
-    assert losses(texts) == pytest.approx(whole, abs=1e-4) and min(whole) < max(whole) - 0.2
+    assert losses(texts) == pytest.approx(whole, abs=tolerance)
+    assert min(whole) < max(whole) - 0.2
 
 
 def check_compiled(train, folder: Path) -> None:
@@ -1058,7 +1060,9 @@ def test_on_a_terminal_there_is_a_bar(texts, start_script):
         shown += part
     os.close(master)
     assert run.wait(timeout=60) == 0
-    assert re.search(rb"\rstep \d+/50: loss [\d.]+, [\d,]+ tok/s, \d\d:\d\d left \|", shown)
+    states = re.findall(rb"\rstep (\d+)/50: loss [\d.]+, [\d,]+ tok/s, \d\d:\d\d left \|.*?\| +(\d+)%", shown)
+    assert states[0][0] == b"1"
+    assert states[-1] == (b"50", b"100")
 
 
 def test_the_time_left_counts_the_evaluations(texts, monkeypatch):
