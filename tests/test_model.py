@@ -43,8 +43,6 @@ from model import (
     save_model,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SHAPE = {"vocab_size": 11, "n_embd": 24, "n_head": 3, "n_layer": 2, "block_size": 16}
 VOCABULARY = Vocabulary("abcdefghijk")
 

@@ -19,12 +19,22 @@ import numpy as np
 import pytest
 import steps
 import torch
-from conftest import TINY, assert_fails, metrics, posix, put, read_folder, signals, wait_until_shown, write_texts
+from conftest import (
+    FORKING_TORCHRUN,
+    TINY,
+    TORCHRUN,
+    assert_fails,
+    metrics,
+    posix,
+    put,
+    read_folder,
+    signals,
+    wait_until_shown,
+    write_texts,
+)
 
 import training
 from model import GPTLanguageModel, Vocabulary, load_model, read_model_file, save_model
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 MIXED = "Plain text, Привет мир, γειά, 中文字符, नमस्ते, שלום, “quoted” – é🙂🚀\n"
 CPU = torch.device("cpu")
@@ -367,9 +377,13 @@ def children(process) -> list[int]:
 needs_pgrep = pytest.mark.skipif(shutil.which("pgrep") is None, reason="finds the processes with pgrep")
 
 
+TORCHRUNS = {"adamw": TORCHRUN, "muon": FORKING_TORCHRUN if hasattr(os, "fork") else TORCHRUN}
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_two_processes_learn_as_one_and_go_on_as_one(train, texts, start_script, optimizer):
-    run = start_script("training.py", *TINY, *SAME, "-optimizer", optimizer, "-model", "two.pkl", processes=2)
+    flags = [*TINY, *SAME, "-optimizer", optimizer, "-model", "two.pkl"]
+    run = start_script("training.py", *flags, processes=2, torchrun=TORCHRUNS[optimizer])
     train(*SAME, "-optimizer", optimizer)
     output, errors = run.communicate(timeout=120)
     assert run.returncode == 0, errors
@@ -391,7 +405,8 @@ def test_rows_that_processes_can_not_share_are_a_sentence_that_says_which_they_c
 @needs_pgrep
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_that_dies_takes_the_others_down_by_name(texts, start_script, victim):
-    run = start_script("training.py", *ENDLESS, processes=2)
+    torchrun = (FORKING_TORCHRUN, TORCHRUN)[victim]  # of two forked processes that have died, it names the first
+    run = start_script("training.py", *ENDLESS, processes=2, torchrun=torchrun)
     wait_until_shown(run, "loss")
     pid = children(run)[victim]
     os.kill(pid, signal.SIGKILL)
@@ -402,7 +417,7 @@ def test_a_process_that_dies_takes_the_others_down_by_name(texts, start_script, 
 @needs_pgrep
 @pytest.mark.parametrize("receiver", ["torchrun", "one process"])
 def test_interrupted_processes_end_after_the_same_step(texts, start_script, receiver):
-    run = start_script("training.py", *ENDLESS, processes=2)
+    run = start_script("training.py", *ENDLESS, processes=2, torchrun=FORKING_TORCHRUN)
     wait_until_shown(run, "loss")
     os.kill(run.pid if receiver == "torchrun" else children(run)[1], signal.SIGTERM)
     _, errors = run.communicate(timeout=60)
@@ -669,16 +684,25 @@ def assert_same(a, b):
         assert a == b
 
 
-def interrupt_after(monkeypatch, step: int) -> None:
-    """Let Ctrl-C come in the middle of a step."""
+def during_each_step(monkeypatch, action) -> None:
+    """Call `action` in each step, with the number that the step has when it is done."""
     get_batch = training.get_batch
 
-    def interrupted(text, current, settings):
-        if current + 1 == step:
-            signal.raise_signal(signal.SIGINT)
-        return get_batch(text, current, settings)
+    def act_and_get_batch(text, step, settings):
+        action(step + 1)
+        return get_batch(text, step, settings)
 
-    monkeypatch.setattr(training, "get_batch", interrupted)
+    monkeypatch.setattr(training, "get_batch", act_and_get_batch)
+
+
+def interrupt_after(monkeypatch, last: int, number: int = signal.SIGINT) -> None:
+    """Let Ctrl-C, or another signal, come in the middle of a step."""
+
+    def interrupt(step: int) -> None:
+        if step == last:
+            signal.raise_signal(number)
+
+    during_each_step(monkeypatch, interrupt)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -903,47 +927,61 @@ def open_terminal() -> tuple[int, int]:
 
 @signals
 @pytest.mark.parametrize("terminal", [True, False])
-def test_a_closed_terminal_saves_the_run(texts, start_script, terminal):
+def test_a_closed_terminal_saves_the_run(texts, run_main, monkeypatch, terminal):
     """With a terminal that is gone, whatever the run prints from then on can't be written."""
+    streams = {}
     if terminal:
         master, slave = open_terminal()
-        run = start_script("training.py", *ENDLESS, stdout=slave, stderr=slave)
+        streams = {"stdout": open(slave, "w", closefd=False), "stderr": open(slave, "w", closefd=False)}  # noqa: SIM115
+
+    def close(step: int) -> None:
+        if step == 3:
+            if terminal:
+                os.close(master)
+            signal.raise_signal(signal.SIGHUP)
+
+    during_each_step(monkeypatch, close)
+    done = run_main("training.py", *ENDLESS, **streams)
+    assert done.returncode == 128 + signal.SIGHUP
+    assert read_model_file(texts / "model-01.state.pkl")["training"]["record"]["step"] == 3
+    if terminal:
+        with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+            os.write(slave, b"what the run would have to show")
         os.close(slave)
-        shown = b""
-        while b"loss" not in shown:
-            shown += os.read(master, 1000)
-        os.close(master)
-    else:
-        run = start_script("training.py", *ENDLESS)
-        wait_until_shown(run, "loss")
-    run.send_signal(signal.SIGHUP)
-    assert run.wait(timeout=60) == 128 + signal.SIGHUP
-    assert read_model_file(texts / "model-01.state.pkl")["training"]["record"]["step"] > 0
 
 
 @signals
-def test_a_run_that_is_to_outlive_its_terminal_ignores_the_closing(texts, start_script):
-    def ignore():  # as nohup does
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+def test_a_run_that_is_to_outlive_its_terminal_ignores_the_closing(train, texts, monkeypatch):
+    def hang_up(step: int) -> None:
+        if step == 2:
+            signal.raise_signal(signal.SIGHUP)
+        if step == 4:
+            signal.raise_signal(signal.SIGINT)
 
-    run = start_script("training.py", *ENDLESS, preexec_fn=ignore)
-    wait_until_shown(run, "loss")
-    run.send_signal(signal.SIGHUP)
-    time.sleep(0.5)
-    assert run.poll() is None
-    run.send_signal(signal.SIGINT)
-    assert run.wait(timeout=60) == 128 + signal.SIGINT
+    during_each_step(monkeypatch, hang_up)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    train("-max_iters", 10**6, status=128 + signal.SIGINT)
+    assert read_model_file(texts / "model-01.state.pkl")["training"]["record"]["step"] == 4
 
 
 @signals
-def test_an_interrupted_run_prints_the_command_that_goes_on(texts, start_script):
-    command, steps = shlex.join(["training.py", *map(str, ENDLESS), "-model=mine.pkl"]), []
-    for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
-        run = start_script(*shlex.split(command))
+def test_an_interrupted_run_prints_the_command_that_goes_on(texts, start_script, run_main, monkeypatch):
+    def run_apart(*command: str) -> tuple[int, str, str]:
+        run = start_script(*command)
         wait_until_shown(run, "loss")  # the progress bar, once it has drawn a few steps
-        run.send_signal(number)
+        run.send_signal(signal.SIGINT)
         output, errors = run.communicate(timeout=60)
-        assert run.returncode == status and "Traceback" not in errors
+        return run.returncode, output, errors
+
+    def run_here(*command: str) -> tuple[int, str, str]:
+        interrupt_after(monkeypatch, int(steps[0]) + 3, signal.SIGTERM)
+        done = run_main(*command)
+        return done.returncode, done.stdout, done.stderr
+
+    command, steps = shlex.join(["training.py", *map(str, ENDLESS), "-model=mine.pkl"]), []
+    for run, status in ((run_apart, 130), (run_here, 143)):
+        returncode, output, errors = run(*shlex.split(command))
+        assert returncode == status and "Traceback" not in errors
         assert all(f"after step {step} of 1000000" in output for step in steps)
         step, command = re.search(r"interrupted after step (\d+); to go on: python (.*)", errors).groups()
         steps.append(step)
@@ -954,22 +992,24 @@ def test_an_interrupted_run_prints_the_command_that_goes_on(texts, start_script)
 
 @signals
 def test_a_second_interrupt_ends_at_once(texts, start_script):
-    shape = ["-n_embd=512", "-n_layer=8", "-block_size=256", "-batch_size=256", "-device=cpu"]  # a step takes long
+    # A step takes long, though no operation in it does: two signals that arrive during one would come as one.
+    shape = ["-n_embd=64", "-n_head=1", "-n_layer=100", "-block_size=64", "-batch_size=128", "-device=cpu"]
     run = start_script("training.py", *shape, cwd=texts)
     wait_until_shown(run, "learning rate", "stdout")  # the last line before the first step
     for _ in range(2):
-        time.sleep(2)  # or, on a busy machine, two signals could come as one
+        time.sleep(0.5)  # more than a busy machine lets a process wait
         run.send_signal(signal.SIGINT)
     _, errors = run.communicate(timeout=5)
     assert run.returncode == -signal.SIGINT and "Traceback" not in errors  # which a shell calls 130
     assert not (texts / "model-01.state.pkl").exists()
 
 
-def kill_and_go_on(folder: Path, kills: int, start_script, flags: list) -> list[int]:
+def kill_and_go_on(folder: Path, kills: int, start_script, run_main, flags: list) -> list[int]:
     """Kill a run at random moments, going on after each, until it ends; the steps at which it went on."""
     chance, resumed = random.Random(kills), []
-    run = start_script("training.py", *flags, cwd=folder)
     for _ in range(kills):
+        run = start_script("training.py", *flags, cwd=folder)
+        flags = ["-resume"]
         while not (folder / "model-01.state.pkl").exists():  # before that there is nothing to go on with
             time.sleep(0.01)
             assert run.poll() is None
@@ -978,20 +1018,18 @@ def kill_and_go_on(folder: Path, kills: int, start_script, flags: list) -> list[
         run.kill()
         output, _ = run.communicate()
         resumed += map(int, re.findall(r"after step (\d+) of", output))
-        run = start_script("training.py", "-resume", cwd=folder)
-    output, errors = run.communicate(timeout=120)
-    assert run.returncode == 0, errors
-    return resumed + [int(step) for step in re.findall(r"after step (\d+) of", output)]
+    done = run_main("training.py", "-resume", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return resumed + [int(step) for step in re.findall(r"after step (\d+) of", done.stdout)]
 
 
-def check_kills(folder: Path, start_script, kills: int, steps: int) -> list[int]:
+def check_kills(folder: Path, start_script, run_main, kills: int, steps: int) -> list[int]:
     flags = [*TINY, "-max_iters", steps, "-eval_interval", 20, "-save_interval", 2]  # most of the time is saving
     disturbed, undisturbed = folder / "disturbed", folder / "undisturbed"
     for apart in (disturbed, undisturbed):
         write_texts(apart)
-    whole = start_script("training.py", *flags, cwd=undisturbed)
-    resumed = kill_and_go_on(disturbed, kills, start_script, flags)
-    assert whole.communicate(timeout=600) and whole.returncode == 0
+    resumed = kill_and_go_on(disturbed, kills, start_script, run_main, flags)
+    assert run_main("training.py", *flags, cwd=undisturbed).returncode == 0
     assert len(resumed) == kills and resumed == sorted(resumed) and resumed[-1] < steps
     assert_same(everything_after(disturbed), everything_after(undisturbed))
     litter = {path.name for path in disturbed.iterdir()} - {path.name for path in undisturbed.iterdir()}
@@ -999,13 +1037,13 @@ def check_kills(folder: Path, start_script, kills: int, steps: int) -> list[int]
     return resumed
 
 
-def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, start_script):
-    check_kills(tmp_path, start_script, kills=1, steps=400)
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, start_script, run_main):
+    check_kills(tmp_path, start_script, run_main, kills=1, steps=200)
 
 
 @pytest.mark.soak
-def test_a_run_killed_20_times_goes_on_to_the_same_bits(tmp_path, start_script):
-    print("went on after steps", check_kills(tmp_path, start_script, kills=20, steps=8000))
+def test_a_run_killed_20_times_goes_on_to_the_same_bits(tmp_path, start_script, run_main):
+    print("went on after steps", check_kills(tmp_path, start_script, run_main, kills=20, steps=8000))
 
 
 # Surroundings --------------------------------------------------------------------------------------------------------
@@ -1033,22 +1071,14 @@ def test_without_a_terminal_there_is_no_bar_but_a_line_now_and_then(train, monke
 
 
 @posix
-def test_on_a_terminal_there_is_a_bar(texts, start_script):
+def test_on_a_terminal_there_is_a_bar(texts, run_main):
     master, slave = open_terminal()
-    run = start_script("training.py", *TINY, "-max_iters", 50, stdout=subprocess.PIPE, stderr=slave)
-    os.close(slave)
-    shown = b""
-    while True:
-        try:
-            part = os.read(master, 1000)
-        except OSError:  # how Linux tells the end
-            break
-        if not part:
-            break
-        shown += part
+    with open(slave, "w") as terminal:
+        done = run_main("training.py", *TINY, "-max_iters", 5, stderr=terminal)
+        shown = os.read(master, 10_000)
     os.close(master)
-    assert run.wait(timeout=60) == 0
-    assert re.search(rb"\rstep \d+/50: loss [\d.]+, [\d,]+ tok/s, \d\d:\d\d left \|", shown)
+    assert done.returncode == 0
+    assert re.search(rb"\rstep \d+/5: loss [\d.]+, [\d,]+ tok/s, \d\d:\d\d left \|", shown)
 
 
 def test_the_time_left_counts_the_evaluations(texts, monkeypatch):
