@@ -22,6 +22,7 @@ import torch
 import chatbot
 import data_extract
 import training
+from model import GPTLanguageModel
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"data_extract.py": data_extract, "training.py": training, "chatbot.py": chatbot}
@@ -165,6 +166,17 @@ def extract_here(monkeypatch):
             yield data_extract.extract_archive(archive, parts / str(index), min_count)
 
     monkeypatch.setattr(data_extract, "extract_all", extract_all)
+
+
+@pytest.fixture
+def short_samples(monkeypatch):
+    """Let the model write 8 characters after each evaluation, not 160, which take most of the time of a tiny run."""
+    generate = GPTLanguageModel.generate
+
+    def generate_few(model, index, max_new_tokens, **options):
+        return generate(model, index, min(max_new_tokens, 8), **options)
+
+    monkeypatch.setattr(GPTLanguageModel, "generate", generate_few)
 
 
 @pytest.fixture

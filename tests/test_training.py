@@ -59,7 +59,7 @@ def shuffled_text(count: int) -> str:
 
 
 @pytest.fixture
-def train(texts, run_main):
+def train(texts, run_main, short_samples):
     """`train("-max_iters", 3)` runs training.py on the texts, in the TINY shape, to its end, which is to be a good one.
 
     `train("-resume")` goes on with what it has saved. Another `status` is the one that it is to end with.
@@ -543,8 +543,8 @@ def test_the_seed_decides_everything(train, texts):
     assert first.equal(again) and not first.equal(other)
 
 
-def test_two_lines_of_the_models_own_text_follow_each_evaluation(train):
-    lines = train("-max_iters", 4, "-eval_interval", 2).stdout.splitlines()
+def test_two_lines_of_the_models_own_text_follow_each_evaluation(texts, run_main):
+    lines = run_main("training.py", *TINY, "-max_iters", 4, "-eval_interval", 2).stdout.splitlines()
     found = [i for i, line in enumerate(lines) if re.match(r"step \d+: train loss", line)]
     assert len(found) == 2
     for i in found:
@@ -1024,7 +1024,7 @@ def kill_and_go_on(folder: Path, kills: int, start_script, run_main, flags: list
 
 
 def check_kills(folder: Path, start_script, run_main, kills: int, steps: int) -> list[int]:
-    flags = [*TINY, "-max_iters", steps, "-eval_interval", 20, "-save_interval", 2]  # most of the time is saving
+    flags = [*TINY, "-max_iters", steps, "-eval_interval", 40, "-save_interval", 4]  # most of the time is saving
     disturbed, undisturbed = folder / "disturbed", folder / "undisturbed"
     for apart in (disturbed, undisturbed):
         write_texts(apart)
@@ -1037,7 +1037,7 @@ def check_kills(folder: Path, start_script, run_main, kills: int, steps: int) ->
     return resumed
 
 
-def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, start_script, run_main):
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, start_script, run_main, short_samples):
     check_kills(tmp_path, start_script, run_main, kills=1, steps=200)
 
 
