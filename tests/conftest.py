@@ -5,6 +5,7 @@ since it takes seconds to start. Both ways give a CompletedProcess.
 """
 
 import csv
+import gc
 import io
 import os
 import re
@@ -39,6 +40,12 @@ linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks a
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as when a shell starts pytest in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)  # or the scripts would not see a Ctrl-C either
+
+
+def pytest_collection_finish() -> None:
+    """Spare all that has been imported from garbage collection, which would look through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 # Files ---------------------------------------------------------------------------------------------------------------

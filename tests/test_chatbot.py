@@ -65,7 +65,7 @@ def test_a_prompt_longer_than_the_window_is_shown_whole(chat):
 
 def test_seed_and_temperature_decide_the_answer(chat):
     def answers(*flags):
-        return {chat("-prompt", "a", *flags).stdout for _ in range(3)}
+        return {chat("-prompt", "a", "-max_new_tokens", 40, *flags).stdout for _ in range(3)}
 
     assert len(answers("-seed", 1)) == 1
     assert len(answers("-temperature", 0)) == 1

@@ -997,7 +997,7 @@ def test_a_second_interrupt_ends_at_once(texts, start_script):
     run = start_script("training.py", *shape, cwd=texts)
     wait_until_shown(run, "learning rate", "stdout")  # the last line before the first step
     for _ in range(2):
-        time.sleep(0.5)  # more than a busy machine lets a process wait
+        time.sleep(0.3)  # more than a busy machine lets a process wait
         run.send_signal(signal.SIGINT)
     _, errors = run.communicate(timeout=5)
     assert run.returncode == -signal.SIGINT and "Traceback" not in errors  # which a shell calls 130
