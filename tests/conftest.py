@@ -5,6 +5,7 @@ since it takes seconds to start. Both ways give a CompletedProcess.
 """
 
 import csv
+import gc
 import io
 import os
 import re
@@ -22,6 +23,7 @@ import torch
 import chatbot
 import data_extract
 import training
+from model import GPTLanguageModel
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"data_extract.py": data_extract, "training.py": training, "chatbot.py": chatbot}
@@ -38,6 +40,12 @@ linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks a
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as when a shell starts pytest in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)  # or the scripts would not see a Ctrl-C either
+
+
+def pytest_collection_finish() -> None:
+    """Spare all that has been imported from garbage collection, which would look through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 # Files ---------------------------------------------------------------------------------------------------------------
@@ -90,10 +98,14 @@ def finished_run(tmp_path_factory) -> dict[str, bytes]:
 # Running a script ----------------------------------------------------------------------------------------------------
 
 
-def popen_options(name: str, args: tuple, cwd: Path, processes: int = 1) -> dict:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+TORCHRUN = ["-m", "torch.distributed.run"]
+FORKING_TORCHRUN = [str(ROOT / "tests" / "forking_torchrun.py")]  # starts in half the time
+
+
+def popen_options(name: str, args: tuple, cwd: Path, processes: int = 1, torchrun: list[str] = TORCHRUN) -> dict:
+    launcher = [*torchrun, "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     return {
-        "args": [sys.executable, *(torchrun if processes > 1 else []), str(ROOT / name), *map(str, args)],
+        "args": [sys.executable, *launcher, str(ROOT / name), *map(str, args)],
         "cwd": cwd,
         "env": {**os.environ, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"},  # fast enough for tiny models
         "encoding": "utf-8",
@@ -120,19 +132,19 @@ def start_script(tmp_path):
     """
     started = []
 
-    def start(name: str, *args, cwd: Path = tmp_path, processes: int = 1, **options) -> subprocess.Popen:
+    def start(name: str, *args, cwd: Path = tmp_path, processes=1, torchrun=TORCHRUN, **options) -> subprocess.Popen:
         options = {"stdin": subprocess.DEVNULL, "start_new_session": True, **options}
-        process = subprocess.Popen(**popen_options(name, args, cwd, processes) | options)
+        process = subprocess.Popen(**popen_options(name, args, cwd, processes, torchrun) | options)
         alarm = threading.Timer(600, process.kill)  # so that no test can wait for ever
         alarm.daemon = True
         alarm.start()
-        started.append((process, alarm))
+        started.append((process, alarm, processes))
         return process
 
     yield start
-    for process, alarm in started:
+    for process, alarm, processes in started:
         alarm.cancel()
-        if process.poll() is None and "torch.distributed.run" in process.args:
+        if process.poll() is None and processes > 1:
             process.terminate()  # torchrun's processes are in groups of their own, which it ends within 30 seconds
             process.wait(timeout=60)
         if os.name == "posix":
@@ -142,7 +154,7 @@ def start_script(tmp_path):
         process.communicate()
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def one_thread():
     """Use one thread, as the processes do: more are no faster for tiny models, and far slower on a busy machine."""
     threads = torch.get_num_threads()
@@ -164,7 +176,18 @@ def extract_here(monkeypatch):
 
 
 @pytest.fixture
-def run_main(tmp_path, monkeypatch, extract_here, one_thread):
+def short_samples(monkeypatch):
+    """Let the model write 8 characters after each evaluation, not 160, which take most of the time of a tiny run."""
+    generate = GPTLanguageModel.generate
+
+    def generate_few(model, index, max_new_tokens, **options):
+        return generate(model, index, min(max_new_tokens, 8), **options)
+
+    monkeypatch.setattr(GPTLanguageModel, "generate", generate_few)
+
+
+@pytest.fixture
+def run_main(tmp_path, monkeypatch, extract_here):
     """`run_main("chatbot.py", "-top_k", 3, stdin=..., stdout=...)` runs a script's main() in this process."""
     numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     handlers = {number: signal.getsignal(number) for number in numbers}

@@ -431,7 +431,7 @@ def change(folder: Path, files: dict[str, bytes | str]) -> None:
 
 
 @pytest.fixture
-def run_here(contents, tmp_path, run_main):
+def run_here(contents, tmp_path, run_main, short_samples):
     """`run_here(script, flags, files, **streams)` runs it, with its plain flags, in a folder with the contents.
 
     Gives what run_main gives, and the folder's contents before and after.

@@ -84,14 +84,13 @@ def earlier(tmp_path):
 
 @pytest.fixture
 def limit_file_size():
-    """A function for a child process to call: no file may then grow beyond some size, as on a full disk."""
+    """A function after which, until the end of the test, no file may grow beyond some size, as on a full disk."""
     resource = pytest.importorskip("resource")
-
-    def limit(size: int) -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-    return limit
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.fixture
@@ -151,11 +150,11 @@ def test_a_folder_in_an_outer_tar_from_before_there_was_a_standard_is_no_documen
     assert [archive.name for archive in find_archives(tmp_path)[0]] == ["outer.tar/x/1.xz", "outer.tar/x/2.xz"]
 
 
-def test_a_sample_is_the_same_for_every_nesting(run_script, tmp_path):
+def test_a_sample_is_the_same_for_every_nesting(run_main, tmp_path):
     corpus = shards(40)
     for nesting, pack in (("files", as_files), ("tars", as_outer_tars)):
         args = ["-data_dir", put(tmp_path / nesting, pack(corpus)), "-output_dir", "out", "-sample_rate", "0.25"]
-        assert run_script(SCRIPT, *args, "-seed", "7").returncode == 0
+        assert run_main(SCRIPT, *args, "-seed", "7").returncode == 0
         files = read_three(tmp_path / "out")
         taken = [name for name in sorted(corpus) if documents(corpus[name]).encode() in b"".join(files[:2])]
         assert len(taken) == 10
@@ -641,24 +640,24 @@ def test_text_comes_out_as_valid_utf_8_with_plain_line_ends(tmp_path, data, text
         assert set(found.characters_seen) == set(expected)
 
 
-MOSTLY_TEXT = "🙂".encode() * 2001  # before what is not: of so much, a fifth may be strange
+MOSTLY_TEXT = "🙂".encode() * 601  # before what is not: of so much, a fifth may be strange
 LONG = {
-    "lines": f"{FOREIGN}\n".encode() * 100,
-    "dos lines": f"{FOREIGN}\r\n".encode() * 100,
-    "mac lines": f"{FOREIGN}\r".encode() * 100,
-    "mixed line ends": f"{FOREIGN}\r{FOREIGN}\r\n{FOREIGN}\n".encode() * 40,
-    "one endless line": FOREIGN.encode() * 100,
-    "one line, then none": FOREIGN.encode() + b"\n" + "🙂".encode() * 2000,
-    "emoji": "🙂".encode() * 2001,
-    "an odd byte, then emoji": b"a" + "🙂".encode() * 2001,
+    "lines": f"{FOREIGN}\n".encode() * 25,
+    "dos lines": f"{FOREIGN}\r\n".encode() * 25,
+    "mac lines": f"{FOREIGN}\r".encode() * 25,
+    "mixed line ends": f"{FOREIGN}\r{FOREIGN}\r\n{FOREIGN}\n".encode() * 10,
+    "one endless line": FOREIGN.encode() * 25,
+    "one line, then none": FOREIGN.encode() + b"\n" + "🙂".encode() * 600,
+    "emoji": "🙂".encode() * 601,
+    "an odd byte, then emoji": b"a" + "🙂".encode() * 601,
     "two bytes each": "ж".encode() * 2001,
     "three bytes each": b"ab" + "你".encode() * 2001,
-    "with a byte-order mark": BOM + FOREIGN.encode() * 100,
-    "stray continuation bytes": MOSTLY_TEXT + b"\x80" * 401,
-    "stray lead bytes": MOSTLY_TEXT + b"\xf0" * 401,
-    "characters cut short": MOSTLY_TEXT + b"\xf0\x9f\x99" * 401,
-    "cut short at the end": "🙂".encode() * 2001 + b"\xf0\x9f",
-    "trailing newlines": FOREIGN.encode() * 100 + b"\r\n" * 2001,
+    "with a byte-order mark": BOM + FOREIGN.encode() * 25,
+    "stray continuation bytes": MOSTLY_TEXT + b"\x80" * 121,
+    "stray lead bytes": MOSTLY_TEXT + b"\xf0" * 121,
+    "characters cut short": MOSTLY_TEXT + b"\xf0\x9f\x99" * 121,
+    "cut short at the end": "🙂".encode() * 601 + b"\xf0\x9f",
+    "trailing newlines": FOREIGN.encode() * 25 + b"\r\n" * 1001,
     "carriage returns": b"a" + b"a\r" * 2001 + b"\n",
     "a carriage return at the end": b"a\n" + b"b" * 300 + b"\r",
     "nothing but newlines": b"\n" * 2001,
@@ -730,11 +729,11 @@ def test_every_nesting_of_a_corpus_gives_the_same_three_files(run_main, tmp_path
 
 @pytest.mark.skipif(not TINYSHAKESPEARE.is_dir(), reason="the corpora are not beside this folder")
 @pytest.mark.parametrize("as_one_text", [False, True])
-def test_tinyshakespeare_comes_out_as_published(run_script, tmp_path, as_one_text):
+def test_tinyshakespeare_comes_out_as_published(run_main, tmp_path, as_one_text):
     texts = [lzma.decompress(path.read_bytes()) for path in sorted(TINYSHAKESPEARE.iterdir())]
     put(tmp_path / "in", {"input.txt": b"".join(texts)})
     folder = tmp_path / "in" if as_one_text else TINYSHAKESPEARE
-    assert run_script(SCRIPT, "-data_dir", folder).returncode == 0
+    assert run_main(SCRIPT, "-data_dir", folder).returncode == 0
     train, val, vocab = read_three(tmp_path)
     assert (train, val) == (b"".join(texts[:9]), texts[9])
     assert (len(train.decode()), len(val.decode()), len(set(vocab.decode()))) == (1_003_854, 111_540, 65)
@@ -743,7 +742,7 @@ def test_tinyshakespeare_comes_out_as_published(run_script, tmp_path, as_one_tex
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_the_number_of_workers_does_not_change_the_result(tmp_path, workers):
     corpus = shards(7)
-    corpus["urlsf_subset00-2_data"] *= 5000  # the later ones are ready before it
+    corpus["urlsf_subset00-2_data"] *= 2500  # the later ones are ready before it
     put(tmp_path / "in", as_outer_tars({name: [b"\n".join(texts)] for name, texts in corpus.items()}))
     extract(tmp_path, workers=workers)
     expected = three_files([documents([b"\n".join(corpus[name])]) for name in sorted(corpus)])
@@ -818,15 +817,15 @@ def test_skip_corrupt_leaves_nothing_if_the_only_archive_is_damaged(run_main, tm
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_skip_corrupt_takes_back_what_a_large_damaged_archive_has_already_written(run_script, tmp_path):
+def test_skip_corrupt_takes_back_what_a_large_damaged_archive_has_already_written(run_main, tmp_path):
     text = b"0123456789abcde\n" * (1 << 16)
     large = xz(text) * 60
     assert 60 * len(text) > 10 * data_extract.CHUNK
     put(tmp_path / "in", {"1.txt": b"1", "2.xz": large[:-9], "3.txt": b"3", "4.xz": large[:-9]})
-    result = run_script(SCRIPT, "-data_dir", "in", "-output_dir", "out", "-skip_corrupt", "-sample_rate", "1")
+    result = run_main(SCRIPT, "-data_dir", "in", "-output_dir", "out", "-skip_corrupt", "-sample_rate", "1")
     assert_fails(result, "too little text")  # the last archive was all of the validation text
     put(tmp_path / "in", {"5.txt": b"5"})
-    result = run_script(SCRIPT, "-data_dir", "in", "-output_dir", "out", "-skip_corrupt")
+    result = run_main(SCRIPT, "-data_dir", "in", "-output_dir", "out", "-skip_corrupt")
     assert result.returncode == 0, result.stderr
     assert read_three(tmp_path / "out") == [b"1\n3\n", b"5\n", b"\n\n1\n3\n5\n"]
 
@@ -842,11 +841,21 @@ def test_skip_corrupt_takes_back_what_a_large_damaged_archive_has_already_writte
     ],
     ids=["first archive", "second archive", "validation", "vocabulary"],
 )
-def test_a_full_disk_is_reported_in_one_line(run_script, earlier, tmp_path, limit_file_size, files, limit, full):
+def test_a_full_disk_is_reported_in_one_line(run_main, earlier, tmp_path, limit_file_size, files, limit, full):
     put(tmp_path / "in", files)
-    args = ["-data_dir", "in", "-output_dir", "out"]
-    result = run_script(SCRIPT, *args, preexec_fn=lambda: limit_file_size(limit))
+    limit_file_size(limit)
+    result = run_main(SCRIPT, "-data_dir", "in", "-output_dir", "out")
     assert_fails(result, f"{full}: {os.strerror(errno.EFBIG)}")
+
+
+@posix
+def test_a_disk_that_is_full_for_a_worker_process_is_reported_in_one_line(
+    run_script, earlier, tmp_path, limit_file_size
+):
+    put(tmp_path / "in", {"a.txt": b"a", "b.xz": xz(b"b" * 500_000)})
+    limit_file_size(20_000)  # for the processes that are started too
+    result = run_script(SCRIPT, "-data_dir", "in", "-output_dir", "out")
+    assert_fails(result, f"output_parts.tmp/1: {os.strerror(errno.EFBIG)}")
 
 
 def test_a_disk_that_fills_up_while_the_validation_text_is_cut_off_is_reported_in_one_line(
@@ -1055,7 +1064,7 @@ def test_a_worker_can_be_ended_with_sigterm(start_script, earlier, slow_corpus):
 @pytest.mark.parametrize("seed", range(40))
 def test_min_count_replaces_what_is_rare_in_both_texts_together(extract_here, tmp_path, monkeypatch, seed):
     generator = random.Random(seed)
-    chunk, length = generator.choice([(7, 500), (64, 2000), (1024, 40_000), (1 << 20, 100_000)])
+    chunk, length = generator.choice([(7, 500), (64, 2000), (1024, 10_000), (1 << 20, 10_000)])
     monkeypatch.setattr(data_extract, "CHUNK", chunk)
     kinds = ["ab\n\t~", "éж\x80\u07ff", "你\u0800\uffff\ufffd\ufeff", "🙂\U0010ffff𝔘"]
     pool = [*generator.choice(kinds), *FOREIGN, *"ab\n~"]
@@ -1097,7 +1106,7 @@ def test_ascii_is_counted_exactly_below_min_count_however_much_text_there_is(tmp
             assert count == text.count(character) or least <= count <= text.count(character)
 
 
-def test_the_summary_says_what_was_rare_also_in_a_sample(run_script, tmp_path):
+def test_the_summary_says_what_was_rare_also_in_a_sample(run_main, tmp_path):
     corpus = shards(11)
     put(tmp_path / "in", as_outer_tars(corpus))
     taken = take_sample(find_archives(tmp_path / "in")[0], 0.5, 7)
@@ -1105,7 +1114,7 @@ def test_the_summary_says_what_was_rare_also_in_a_sample(run_script, tmp_path):
     rare = {character: count for character, count in Counter("".join(texts)).items() if count < 50}
     assert 5 < len(rare) < 60
     args = ["-data_dir", "in", "-output_dir", "out", "-sample_rate", "0.5", "-seed", "7"]
-    result = run_script(SCRIPT, *args, "-min_count", "50")
+    result = run_main(SCRIPT, *args, "-min_count", "50")
     assert (result.returncode, notices(result.stderr)) == (0, [])
     expected = three_files(["".join("\ufffd" if c in rare else c for c in text) for text in texts])
     assert read_three(tmp_path / "out") == expected and len(list((tmp_path / "out").iterdir())) == 3
@@ -1121,12 +1130,12 @@ def test_a_text_in_which_everything_is_rare_is_reported_in_one_line(run_main, ea
 
 @posix
 def test_a_disk_that_fills_up_while_rare_characters_are_replaced_is_reported(
-    run_script, earlier, tmp_path, limit_file_size
+    run_main, earlier, tmp_path, limit_file_size
 ):
     text = "".join(map(chr, range(0x80, 0x800))) * 9 + "a" * 100  # two bytes each, of which three become
     put(tmp_path / "in", {"a.txt": text.encode(), "b.txt": b"b"})
-    args = ["-data_dir", "in", "-output_dir", "out", "-min_count", "100"]
-    result = run_script(SCRIPT, *args, preexec_fn=lambda: limit_file_size(len(text.encode()) + 99))
+    limit_file_size(len(text.encode()) + 99)
+    result = run_main(SCRIPT, "-data_dir", "in", "-output_dir", "out", "-min_count", "100")
     assert_fails(result, f"output_train.txt.tmp: {os.strerror(errno.EFBIG)}")
 
 
@@ -1156,8 +1165,9 @@ def test_without_flags_an_openwebtext_folder_is_used(run_main, tmp_path):
 
 
 @posix
-def test_a_disk_too_full_for_the_built_in_sample_is_reported_in_one_line(run_script, earlier, limit_file_size):
-    result = run_script(SCRIPT, "-output_dir", "out", preexec_fn=lambda: limit_file_size(20_000))
+def test_a_disk_too_full_for_the_built_in_sample_is_reported_in_one_line(run_main, earlier, limit_file_size):
+    limit_file_size(20_000)
+    result = run_main(SCRIPT, "-output_dir", "out")
     assert_fails(result, os.strerror(errno.EFBIG))
 
 

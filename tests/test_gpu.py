@@ -17,8 +17,6 @@ import model as model_module
 import training
 from model import Cache, GPTLanguageModel, default_dtype
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 COUNT_UP = {"vocab_size": 11, "n_embd": 32, "n_head": 2, "n_layer": 2, "block_size": 16, "dropout": 0.0}
 NO_EVALUATION = ["-max_iters=1000", "-eval_interval=1000", "-save_interval=1000"]
 

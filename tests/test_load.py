@@ -44,20 +44,20 @@ def watch(run: subprocess.Popen) -> tuple[float, int]:
 # Many and large archives ---------------------------------------------------------------------------------------------
 
 
-def check_extraction(start_script, folder: str) -> None:
+def check_extraction(start_script, folder: str, limit: int = 200) -> None:
     started = time.monotonic()
     run = start_script("data_extract.py", f"-data_dir={folder}")
     megabytes, files = watch(run)
     print(f"{folder}: took {time.monotonic() - started:.1f} s")
     print(f"the largest process had {megabytes:.0f} MB, and {files} files open")
-    assert megabytes < 200 and files < 40
+    assert megabytes < limit and files < 40
 
 
 def test_an_archive_that_unpacks_to_300_times_its_size_is_streamed(start_script, tmp_path):
-    packed = xz(b"the quick brown fox jumps over the lazy dog\n" * 200_000) * 30
-    put(tmp_path, {"in/a.xz": packed, "in/b.xz": xz(b"text") + xz(bytes(1 << 20)) * 250})
-    check_extraction(start_script, "in")
-    for name, size in (("train", 30 * 200_000 * 44), ("val", 4 + (250 << 20))):
+    packed = xz(b"the quick brown fox jumps over the lazy dog\n" * 200_000) * 20
+    put(tmp_path, {"in/a.xz": packed, "in/b.xz": xz(b"text") + xz(bytes(1 << 20)) * 170})
+    check_extraction(start_script, "in", limit=130)  # one text has 176 MB, the other 178
+    for name, size in (("train", 20 * 200_000 * 44), ("val", 4 + (170 << 20))):
         assert (tmp_path / f"output_{name}.txt").stat().st_size == size > 300 * len(packed)
 
 
@@ -103,7 +103,7 @@ FLAGS = [*TINY, "-max_iters=200", "-eval_interval=50", "-save_interval=50", "-ba
 
 
 def test_training_on_a_text_larger_than_memory(start_script, tmp_path):
-    seconds, megabytes = train_on(start_script, tmp_path, 50_000_000_000, *FLAGS)
+    seconds, megabytes = train_on(start_script, tmp_path, 50_000_000_000, *FLAGS, "-max_iters=60")
     assert seconds < 30 and megabytes < 500
 
 

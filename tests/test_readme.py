@@ -288,12 +288,14 @@ def texts_in(source: str) -> list[str]:
     return found
 
 
+TEXTS = [text for source in SOURCES.values() for text in texts_in(source)]
+
+
 @pytest.mark.parametrize("message", [code for row in table("you see") for code in INLINE_CODE.findall(row[0])])
 def test_messages_are_those_of_the_scripts(message):
     pattern = ".*".join(re.escape(part) for part in message.split("…"))
-    texts = [text for source in SOURCES.values() for text in texts_in(source)]
     # A message may begin with a value, such as a folder's name, for which the page has an example.
-    shown = [text.replace("…", data_extract.DEFAULT_DATA_DIR) if text.startswith("no …") else text for text in texts]
+    shown = [text.replace("…", data_extract.DEFAULT_DATA_DIR) if text.startswith("no …") else text for text in TEXTS]
     assert any(re.search(pattern, text) for text in shown)
 
 

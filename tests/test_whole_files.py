@@ -62,7 +62,7 @@ def disk(tmp_path):
 
 
 @pytest.fixture
-def run_here(tmp_path, run_main):
+def run_here(tmp_path, run_main, short_samples):
     """run_main in a folder with texts and archives."""
     put(
         write_texts(tmp_path),
