@@ -5,7 +5,6 @@ since it takes seconds to start. Both ways give a CompletedProcess.
 """
 
 import csv
-import gc
 import io
 import os
 import re
@@ -40,12 +39,6 @@ linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks a
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as when a shell starts pytest in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)  # or the scripts would not see a Ctrl-C either
-
-
-def pytest_collection_finish() -> None:
-    """Spare all that has been imported from garbage collection, which would look through it again and again."""
-    gc.collect()
-    gc.freeze()
 
 
 # Files ---------------------------------------------------------------------------------------------------------------
@@ -98,12 +91,9 @@ def finished_run(tmp_path_factory) -> dict[str, bytes]:
 # Running a script ----------------------------------------------------------------------------------------------------
 
 
-TORCHRUN = ["-m", "torch.distributed.run"]
-FORKING_TORCHRUN = [str(ROOT / "tests" / "forking_torchrun.py")]  # starts in half the time
-
-
-def popen_options(name: str, args: tuple, cwd: Path, processes: int = 1, torchrun: list[str] = TORCHRUN) -> dict:
-    launcher = [*torchrun, "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+def popen_options(name: str, args: tuple, cwd: Path, processes: int = 1) -> dict:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    launcher = torchrun if processes > 1 else []
     return {
         "args": [sys.executable, *launcher, str(ROOT / name), *map(str, args)],
         "cwd": cwd,
@@ -132,9 +122,9 @@ def start_script(tmp_path):
     """
     started = []
 
-    def start(name: str, *args, cwd: Path = tmp_path, processes=1, torchrun=TORCHRUN, **options) -> subprocess.Popen:
+    def start(name: str, *args, cwd: Path = tmp_path, processes: int = 1, **options) -> subprocess.Popen:
         options = {"stdin": subprocess.DEVNULL, "start_new_session": True, **options}
-        process = subprocess.Popen(**popen_options(name, args, cwd, processes, torchrun) | options)
+        process = subprocess.Popen(**popen_options(name, args, cwd, processes) | options)
         alarm = threading.Timer(600, process.kill)  # so that no test can wait for ever
         alarm.daemon = True
         alarm.start()

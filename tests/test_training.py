@@ -20,9 +20,7 @@ import pytest
 import steps
 import torch
 from conftest import (
-    FORKING_TORCHRUN,
     TINY,
-    TORCHRUN,
     assert_fails,
     metrics,
     posix,
@@ -379,13 +377,10 @@ def children(process) -> list[int]:
 needs_pgrep = pytest.mark.skipif(shutil.which("pgrep") is None, reason="finds the processes with pgrep")
 
 
-TORCHRUNS = {"adamw": TORCHRUN, "muon": FORKING_TORCHRUN if hasattr(os, "fork") else TORCHRUN}
-
-
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_two_processes_learn_as_one_and_go_on_as_one(train, texts, start_script, optimizer):
     flags = [*TINY, *SAME, "-optimizer", optimizer, "-model", "two.pkl"]
-    run = start_script("training.py", *flags, processes=2, torchrun=TORCHRUNS[optimizer])
+    run = start_script("training.py", *flags, processes=2)
     train(*SAME, "-optimizer", optimizer)
     output, errors = run.communicate(timeout=120)
     assert run.returncode == 0, errors
@@ -407,8 +402,7 @@ def test_rows_that_processes_can_not_share_are_a_sentence_that_says_which_they_c
 @needs_pgrep
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_that_dies_takes_the_others_down_by_name(texts, start_script, victim):
-    torchrun = (FORKING_TORCHRUN, TORCHRUN)[victim]  # of two forked processes that have died, it names the first
-    run = start_script("training.py", *ENDLESS, processes=2, torchrun=torchrun)
+    run = start_script("training.py", *ENDLESS, processes=2)
     wait_until_shown(run, "loss")
     pid = children(run)[victim]
     os.kill(pid, signal.SIGKILL)
@@ -419,7 +413,7 @@ def test_a_process_that_dies_takes_the_others_down_by_name(texts, start_script, 
 @needs_pgrep
 @pytest.mark.parametrize("receiver", ["torchrun", "one process"])
 def test_interrupted_processes_end_after_the_same_step(texts, start_script, receiver):
-    run = start_script("training.py", *ENDLESS, processes=2, torchrun=FORKING_TORCHRUN)
+    run = start_script("training.py", *ENDLESS, processes=2)
     wait_until_shown(run, "loss")
     os.kill(run.pid if receiver == "torchrun" else children(run)[1], signal.SIGTERM)
     _, errors = run.communicate(timeout=60)
