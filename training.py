@@ -73,9 +73,6 @@ ADAMW_SHARE_BESIDE_MUON = 0.075  # of Muon's learning rate
 # Three polynomials (a, b, c) that, one after another, bring every number between 0.003 and 1 close to 1. Amsel et al.
 # 2025, "The Polar Express", say how to find them. Jordan's own five end at the same loss and take 1.5 times as long.
 POLYNOMIALS = ((8.138, -22.714, 16.325), (3.965, -2.836, 0.522), (3.524, -2.640, 0.527))
-# How much of its average gradient AdamW keeps at each step. Less than the usual 0.9, since the average of the weights
-# smooths the way too: 0.010 to 0.013 nats less on three texts. 0.7 and 0.6 are no better.
-ADAMW_BETA1 = 0.8
 ADAMW_AVERAGING_TOKENS = 80_000  # over which AdamW averages the square of a gradient
 AVERAGED_SHARE = 0.05  # of the run's steps, over which weights are averaged
 PLATEAU_EVALUATIONS = 5  # without a better one, after which the run says so
@@ -444,7 +441,7 @@ class Optimizer:
                 {"params": matrices, "lr_share": share, "weight_decay": settings.weight_decay},
                 {"params": vectors, "lr_share": share, "weight_decay": 0.0},
             ],
-            betas=(ADAMW_BETA1, adamw_beta2(settings.batch_size * settings.block_size)),
+            betas=(0.9, adamw_beta2(settings.batch_size * settings.block_size)),
             fused=True,  # one operation for all weights, not several for each
         )
         self.parts = [Muon(muon_groups, settings.weight_decay), adamw] if muon_groups else [adamw]
