@@ -175,6 +175,22 @@ def test_the_ends_of_the_schedule_follow_from_the_other_flags():
     assert args("-optimizer", "muon", "-learning_rate", 0.5).min_lr == 0.05
 
 
+def test_the_learning_rate_follows_from_the_shape_and_from_the_length():
+    def rate(*flags) -> float:
+        return training.parse_args([str(flag) for flag in flags])[0].learning_rate
+
+    half = pytest.approx(rate() / 2)
+    assert rate("-n_embd", 768) == rate("-batch_size", 8) == rate("-block_size", 32) == half
+    assert rate("-n_embd", 64) == rate("-batch_size", 512) == training.LEARNING_RATES["adamw"]
+    assert rate("-batch_size", 8, "-learning_rate", 0.5) == 0.5
+    muon = ["-optimizer", "muon"]
+    assert rate(*muon) == rate(*muon, "-batch_size", 8, "-n_embd", 768) == training.LEARNING_RATES["muon"]
+    assert rate(*muon, "-max_iters", 4800) == pytest.approx(rate(*muon) / 2)
+    # A run that is made longer later has the rate of such a run.
+    saved = training.parse_args(muon)[0].arguments
+    assert rate(*saved, "-max_iters", 4800) == pytest.approx(rate(*muon) / 2)
+
+
 def test_dropout_follows_from_the_passes_over_the_text(texts):
     def dropout(passes: float, *flags) -> float:
         return args("-data_dir", texts, "-max_iters", round(passes * 4600 / 4 / 8), *flags).dropout
