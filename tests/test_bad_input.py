@@ -470,6 +470,13 @@ def test_help_shows_every_flag_and_the_table_tries_it(run_here, script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("spelling", ["--help", "-help"])
+def test_help_may_be_spelt_like_a_flag(run_here, script, spelling):
+    short, long = (run_here(script, [flag])[0] for flag in ("-h", spelling))
+    assert long.returncode == 0 and long.stdout == short.stdout and not long.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_flags_may_be_spelt_with_two_dashes(run_here, script):
     """A wrong value of each flag that takes one gets the same answer."""
     cases = {case.flags[0].partition("=")[0]: case for case in WRONG_FLAGS if case.script == script}
