@@ -1029,7 +1029,7 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
         allow_abbrev=False,
         description="Turn archives of text into output_train.txt, output_val.txt and vocab.txt.",
     )
-    parser.add_argument("-help", action="help", help=argparse.SUPPRESS)  # or argparse reads it as -h elp
+    parser.add_argument("-help", action="help", help=argparse.SUPPRESS)  # else argparse takes it for -h and "elp"
 
     def flag(name: str, metavar: str, help: str, **options) -> None:
         parser.add_argument(name, metavar=metavar, help=f"{help} (default: %(default)s)", **options)

@@ -767,7 +767,7 @@ METAVARS = {"int": "N", "float": "X", "Path": "FILE"}
 def make_parser(description: str) -> tuple[argparse.ArgumentParser, Callable[..., None]]:
     """Return a parser, and a function that adds a flag to it: `flag("batch_size", type=int, default=32, help="…")`."""
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False, description=description)
-    parser.add_argument("-help", action="help", help=argparse.SUPPRESS)  # or argparse reads it as -h elp
+    parser.add_argument("-help", action="help", help=argparse.SUPPRESS)  # else argparse takes it for -h and "elp"
 
     def flag(name: str, help: str, **options) -> None:
         takes_value = "action" not in options
