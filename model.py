@@ -16,20 +16,17 @@ import os
 import pickle
 import re
 import sys
-import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn, TextIO
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-# Every head keeps a mask of block_size² bytes: 64 MiB at this size, 1 GiB in the 16 heads of the default model.
-MAX_BLOCK_SIZE = 2**13
 REPLACEMENT = "\ufffd"  # stands for characters that are rare or invalid in the training text
 MAX_WEIGHT = 1000.0  # larger weights may overflow inside the model; trained weights are about 1
 
@@ -59,13 +56,16 @@ class Head(nn.Module):
         self.key = Linear(n_embd, head_size, bias=False)
         self.query = Linear(n_embd, head_size, bias=False)
         self.value = Linear(n_embd, head_size, bias=False)
-        # Row t is True up to column t: no step sees the future. Not persistent, since a file does not need it.
+        # Row t is True up to column t, so that no step sees the future. Not persistent: files do without it.
         tril = torch.ones(block_size, block_size, dtype=torch.bool).tril()
         self.register_buffer("tril", tril, persistent=False)
         self.dropout = Dropout(dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, T, C) -> (B, T, D)"""
+        """(B, T, C) -> (B, T, D)
+
+        In a model, `MultiHeadAttention.forward` runs `attention` for all heads at once instead; the result is the same.
+        """
         T = x.shape[1]
         return attention(self.query(x), self.key(x), self.value(x), self.tril[:T, :T], self.dropout)
 
@@ -92,24 +92,17 @@ class MultiHeadAttention(nn.Module):
         weight = self.joined_weight() if cache is None else cache.weight
         qkv = linear(x, weight).view(B, T, 3, H, -1)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
-        if cache is None:
-            q, k, v = qkv
-            visible = head.tril[:T, :T]
-        else:
-            q, k, v, visible = cache.append(qkv)  # keys and values of all S time steps now: (B, H, S, D)
+        q, k, v = qkv if cache is None else cache.append(qkv)  # with a cache, keys and values of S time steps
+        S = k.shape[2]
+        visible = head.tril[S - T : S, :S]
 
-        attend = fused_attention if fused_is_faster(q, head.dropout) else attention
-        y = attend(q, k, v, visible, head.dropout)  # (B, H, T, D)
-
+        y = fused_attention(q, k, v, visible, head.dropout, is_causal=cache is None)  # (B, H, T, D)
         y = y.transpose(1, 2).flatten(2)  # (B, T, H·D): the heads side by side
         return self.dropout(self.proj(y.to(x.dtype)))
 
     def joined_weight(self) -> torch.Tensor:
         """Return the weights of all heads' queries, then keys, then values, one below the other: (3·H·D, C)."""
-        queries = [head.query.weight for head in self.heads]
-        keys = [head.key.weight for head in self.heads]
-        values = [head.value.weight for head in self.heads]
-        return torch.cat(queries + keys + values)
+        return torch.cat([getattr(head, name).weight for name in ("query", "key", "value") for head in self.heads])
 
 
 class FeedForward(nn.Module):
@@ -153,8 +146,8 @@ class Block(nn.Module):
 class GPTLanguageModel(nn.Module):
     """A decoder-only Transformer: for every time step, a score for each character of the vocabulary to come next.
 
-    `config` holds the constructor's arguments. Raises ValueError for sizes below 1, a block_size above MAX_BLOCK_SIZE
-    and an n_embd that n_head does not divide.
+    `config` holds the constructor's arguments. Raises ValueError for sizes below 1 and for an n_embd that can't be
+    shared equally among n_head heads.
     """
 
     def __init__(
@@ -167,21 +160,16 @@ class GPTLanguageModel(nn.Module):
         dropout: float = 0.2,
     ):
         super().__init__()
-        sizes = {
+        self.config = {
             "vocab_size": vocab_size,
             "n_embd": n_embd,
             "n_head": n_head,
             "n_layer": n_layer,
             "block_size": block_size,
+            "dropout": dropout,
         }
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, not {size}")
-        if block_size > MAX_BLOCK_SIZE:
-            raise ValueError(f"block_size must be at most {MAX_BLOCK_SIZE}, not {block_size}: masks would fill memory")
-        if n_embd % n_head:
-            raise ValueError(f"n_embd ({n_embd}) must be a multiple of n_head ({n_head}), the heads share it")
-        self.config = {**sizes, "dropout": dropout}
+        if min(vocab_size, n_embd, n_head, n_layer, block_size) < 1 or n_embd % n_head:
+            raise ValueError(f"sizes must be 1 or more, and n_embd a multiple of n_head, not {self.config}")
         self.block_size = block_size
         self.token_embedding_table = nn.Embedding(vocab_size, n_embd)
         self.position_embedding_table = nn.Embedding(block_size, n_embd)
@@ -215,27 +203,22 @@ class GPTLanguageModel(nn.Module):
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-    def prefill(self, index: torch.Tensor, caches: list[Cache]) -> torch.Tensor:
-        """Read the beginning of a text, ids (B, T), and forget an earlier one -> logits (B, V) of the next token."""
-        for cache in caches:
-            cache.length.zero_()
-        return self._read(index, caches)
+    def prefill(self, index: torch.Tensor) -> tuple[torch.Tensor, list[Cache]]:
+        """Read the beginning of a text, ids (B, T) -> logits (B, V) of the next token, and a cache for each block."""
+        caches = [Cache(block.sa, len(index)) for block in self.blocks]
+        return self.decode(index, caches), caches
 
-    def decode(self, token: torch.Tensor, caches: list[Cache]) -> torch.Tensor:
-        """Read one more token (B, 1) of the text in the caches -> logits (B, V) of the next token."""
-        return self._read(token, caches)
+    def decode(self, index: torch.Tensor, caches: list[Cache]) -> torch.Tensor:
+        """Read ids (B, T) that follow the text in the caches -> logits (B, V) of the next token.
 
-    def _read(self, index: torch.Tensor, caches: list[Cache]) -> torch.Tensor:
-        """Do what `forward` does for ids (B, T) that follow those in the caches -> logits (B, V) of the last one."""
-        positions = caches[0].next_positions(index.shape[1])
+        Does what `forward` does, for the last time step alone.
+        """
+        start = caches[0].length
+        positions = torch.arange(start, start + index.shape[1], device=index.device)
         x = self.token_embedding_table(index) + self.position_embedding_table(positions)
         for block, cache in zip(self.blocks, caches):
             x = block(x, cache)
-        return self.lm_head(self.ln_f(x))[:, -1]
-
-    def new_caches(self, batch_size: int) -> list[Cache]:
-        """Return empty caches, one for each block."""
-        return [Cache(block.sa, batch_size) for block in self.blocks]
+        return self.lm_head(self.ln_f(x[:, -1]))
 
     def generate(self, index: torch.Tensor, max_new_tokens: int, **options) -> torch.Tensor:
         """Append what `stream` yields with these options: token ids (B, T) -> (B, T + max_new_tokens)."""
@@ -249,13 +232,12 @@ class GPTLanguageModel(nn.Module):
         top_k: int | None = None,
         generator: torch.Generator | None = None,
         banned_ids: Sequence[int] = (),
-        caches: list[Cache] | None = None,
     ) -> Iterator[torch.Tensor]:
         """Yield the next token of each sequence (B, 1), `max_new_tokens` times, while the model is in eval mode.
 
         `temperature` divides the logits: below 1 the likely characters get likelier, 0 always takes the likeliest.
-        `top_k` leaves only the k likeliest to choose from; `banned_ids` are never chosen. `caches` are those of an
-        earlier call, to be used again. Raises ValueError for bad arguments or ids.
+        `top_k` leaves only the k likeliest to choose from; `banned_ids` are never chosen. Raises ValueError for bad
+        arguments or ids.
 
         While the text fits into `block_size`, the result is the same as with `forward`. A cache can't slide, since each
         position has its own embedding. So a full window starts anew from its second half: the model always sees the
@@ -269,25 +251,23 @@ class GPTLanguageModel(nn.Module):
         if not set(banned_ids) < set(range(vocab_size)):
             raise ValueError(f"banned_ids must be some token ids from 0 to {vocab_size - 1}, not all")
         banned = torch.tensor(banned_ids, dtype=torch.long, device=index.device)
-        caches = caches or self.new_caches(len(index))
         window = index[:, -self.block_size :]  # what the model sees
-        new = None
+        new = caches = None
         was_training = self.training
         self.eval()
         try:
             for _ in range(max_new_tokens):
                 with torch.inference_mode():  # 1.05 times as fast as no_grad
-                    if new is None:
-                        logits = self.prefill(window, caches)
-                    elif window.shape[1] <= self.block_size:
-                        logits = self.decode(new, caches)
+                    if caches is None:
+                        logits, caches = self.prefill(window)
                     else:
-                        window = window[:, -max(1, self.block_size // 2) :]
-                        logits = self.prefill(window, caches)
+                        logits = self.decode(new, caches)
                     logits = logits.index_fill(1, banned, -math.inf)
                     new = sample(logits, temperature, top_k, generator)
                 new = new.clone()  # an ordinary tensor, which may be trained on
                 window = torch.cat([window, new], dim=1)
+                if window.shape[1] > self.block_size:
+                    window, caches = window[:, -max(1, self.block_size // 2) :], None
                 yield new
         finally:
             self.train(was_training)
@@ -306,81 +286,58 @@ def sample(
         values, ids = logits.topk(top_k)
         logits = torch.full_like(logits, -math.inf).scatter(1, ids, values)
     probabilities = F.softmax(logits, dim=-1)
-    # Divided by exponentially distributed noise, each token is the largest as often as its probability says. This is
-    # torch.multinomial without its checks, for which Python would have to wait for the GPU.
-    noise = torch.empty_like(probabilities).exponential_(generator=generator)
-    return (probabilities / noise).argmax(dim=-1, keepdim=True)
+    return torch.multinomial(probabilities, 1, generator=generator)
 
 
 # What makes it faster and changes nothing else -----------------------------------------------------------------------
 
 
-class Cache(nn.Module):
-    """What one MultiHeadAttention remembers while text is generated, so that each new token costs one time step.
+class Cache:
+    """Keys and values that one MultiHeadAttention has computed so far, so that each new token costs one time step.
 
-    Holds keys and values (2, B, H, block_size, D), zeros until they are filled, and how many time steps are filled.
-    Its tensors are buffers, changed in place: a GPU that replays a recorded step looks for them at the same addresses.
+    `kv` (2, B, H, block_size, D) is filled up to `length`. `weight` is joined once here and not for every token.
     """
 
     def __init__(self, attention: MultiHeadAttention, batch_size: int):
-        super().__init__()
-        weight = attention.joined_weight().detach()  # joined once here and not for every token
-        # On a GPU the work is the same for every token, whatever the length, so that it can be recorded and replayed.
-        # A CPU is faster if it reads only the filled part, and in float32, 4 times as fast for a single query.
-        self.static = weight.is_cuda
-        dtype = weight.dtype if self.static else torch.float32
+        self.weight = attention.joined_weight()
         head = attention.heads[0]
         shape = (2, batch_size, len(attention.heads), len(head.tril), head.key.out_features)
-        self.register_buffer("weight", weight)
-        self.register_buffer("kv", weight.new_zeros(shape, dtype=dtype))
-        self.register_buffer("length", weight.new_zeros((), dtype=torch.long))
-
-    def next_positions(self, count: int) -> torch.Tensor:
-        """Return the positions (count,) of the time steps that follow those in the cache."""
-        return self.length + torch.arange(count, device=self.length.device)
+        # On a CPU, attention of a single query is 4 times as fast in float32 as in bfloat16.
+        dtype = torch.float32 if self.weight.device.type == "cpu" else self.weight.dtype
+        self.kv = self.weight.new_empty(shape, dtype=dtype)
+        self.length = 0
 
     def append(self, qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Keep keys and values of the next time steps, which come after the queries in (3, B, H, T, D).
+        """Keep keys and values of the next T time steps, which come after the queries in (3, B, H, T, D).
 
-        Returns queries, keys and values in the dtype of the cache, keys and values of all S time steps so far, and
-        which of those each query sees (T, S). If `static`, S is block_size, and no query sees the empty rest.
+        Returns the queries and all S keys and values so far (B, H, S, D), in the dtype of the cache.
         """
-        T = qkv.shape[3]
-        positions = self.next_positions(T)
-        qkv = qkv.to(self.kv.dtype)
-        self.kv.index_copy_(3, positions, qkv[1:])
-        self.length.add_(T)
-        S = self.kv.shape[3] if self.static else int(self.length)
-        visible = torch.arange(S, device=positions.device) <= positions[:, None]
-        k, v = self.kv[:, :, :, :S]
-        return qkv[0], k, v, visible
-
-
-def fused_is_faster(q: torch.Tensor, dropout: Dropout) -> bool:
-    """Return whether to prefer the fused operation: always on a GPU, on a CPU in float32 if nothing is dropped.
-
-    There, forward and backward took 0.9 (64 time steps) to 0.4 (1024) of the plain form's time; in bfloat16, 3.0 to
-    0.8.
-    """
-    drops = dropout.training and dropout.p > 0
-    return q.is_cuda or (q.is_cpu and q.dtype == torch.float32 and not drops)
+        S = self.length + qkv.shape[3]
+        self.kv[:, :, :, self.length : S] = qkv[1:]
+        self.length = S
+        return qkv[0].to(self.kv.dtype), *self.kv[:, :, :, :S]
 
 
 def fused_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor, dropout: Dropout
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor, dropout: Dropout, is_causal: bool
 ) -> torch.Tensor:
-    """Do what `attention` spells out, as one operation of torch's."""
+    """Do what `attention` spells out, as one operation of torch's where that is faster.
+
+    That is on a GPU, and on a CPU in float32 if nothing is dropped: forward and backward took 0.9 (64 time steps) to
+    0.4 (1024) of the plain form's time; in bfloat16, 3.0 to 0.8. `is_causal` says that `visible` is a lower triangle,
+    for which there is a kernel that needs no mask.
+    """
     p = dropout.p if dropout.training else 0.0
-    T, S = visible.shape
-    if T == S:  # all time steps at once, for which there is a kernel that needs no mask
-        return F.scaled_dot_product_attention(q, k, v, None, p, is_causal=True)
-    return F.scaled_dot_product_attention(q, k, v, visible, p)
+    if q.is_cuda or (q.is_cpu and q.dtype == torch.float32 and p == 0):
+        return F.scaled_dot_product_attention(q, k, v, None if is_causal else visible, p, is_causal)
+    return attention(q, k, v, visible, dropout)
 
 
 class Dropout(nn.Module):
     """Zero each number with probability `p` while training and scale up the rest, so that the mean stays.
 
     A network that can't rely on any single number learns more robust ones (Srivastava et al. 2014, "Dropout", JMLR 15).
+    Raises ValueError unless 0 <= p < 1.
     """
 
     def __init__(self, p: float):
@@ -392,15 +349,14 @@ class Dropout(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or self.p == 0:
             return x
-        if x.device.type != "cpu":
+        keep = round((1 - self.p) * 256)  # of the 256 values of a byte
+        if x.device.type != "cpu" or not 0 < keep < 256:
             return F.dropout(x, self.p)
         # One 64-bit random number decides for eight elements, 8 bits each, so p is rounded to 256ths. F.dropout draws
         # one number per element on a single core: a training step took 760 ms with it, takes 634 so, and 590 without.
-        keep = max(1, round((1 - self.p) * 256))  # of the 256 values of a byte
         words = torch.empty(math.ceil(x.numel() / 8), dtype=torch.int64).random_(-(2**63), None)
         random = words.view(torch.uint8)[: x.numel()].view(x.shape)
-        kept = random <= keep - 1  # "< keep" would fail for 256, which is no byte
-        return x * (kept.to(x.dtype) * (256 / keep))
+        return x * ((random < keep).to(x.dtype) * (256 / keep))
 
 
 class Linear(nn.Linear):
@@ -417,11 +373,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     it generates text 1.5 times as fast.
     """
     one_row = x.device.type == "cpu" and x.numel() == x.shape[-1] and x.dtype == torch.float32
-    if not one_row or torch.is_grad_enabled():
+    if not one_row or torch.is_grad_enabled() or len(weight) % torch.get_num_threads():
         return F.linear(x, weight, bias)
     cores = torch.get_num_threads()
-    if len(weight) % cores:
-        return F.linear(x, weight, bias)
     pieces = weight.view(cores, -1, x.shape[-1]).transpose(1, 2)  # (cores, in_features, out_features / cores)
     y = torch.bmm(x.reshape(1, 1, -1).expand(cores, 1, -1), pieces).view(*x.shape[:-1], -1)
     return y if bias is None else y + bias
@@ -437,8 +391,8 @@ class ModelFileError(ValueError):
 class Vocabulary:
     """The characters a model knows, sorted by code point; a character's token id is its place among them.
 
-    `banned_ids` holds the id of U+FFFD, if that is one of them: it stands for rare or invalid characters, is read, but
-    never to be written.
+    `banned_ids` holds the id of U+FFFD, if that is one of them: a model reads it in place of rare or invalid
+    characters, but never writes it.
     """
 
     def __init__(self, characters: str):
@@ -448,26 +402,15 @@ class Vocabulary:
 
     @classmethod
     def from_file(cls, path: str | Path) -> Vocabulary:
-        """Read a `vocab.txt`: each character followed by a line end, or any text. Raises OSError and ModelFileError."""
+        """Return the characters in a `vocab.txt`, its line ends included. Raises OSError and ModelFileError."""
         try:
-            text = Path(path).read_bytes().decode("utf-8")
+            # Text mode, as in the tutorial: on Windows, that has written each line end as \r\n.
+            text = Path(path).read_text(encoding="utf-8")
         except UnicodeDecodeError:
-            raise ModelFileError(f"{path}: not UTF-8 text; run data_extract.py again") from None
+            text = ""
         if not text:
-            raise ModelFileError(f"{path}: holds no characters; run data_extract.py again")
-        if not re.search(r"(?<!\r)\n", text):  # every line ends with \r\n: written in Python's text mode on Windows
-            text = text.replace("\r\n", "\n")
-        characters, line_ends = text[::2], text[1::2]
-        if len(characters) == len(line_ends) and set(line_ends) == {"\n"}:
-            return cls(characters)
-        return cls(text)  # of another shape, made by hand
-
-    def as_in_the_tutorial(self) -> Vocabulary:
-        """Return the characters that the tutorial finds in the same file, which it reads whole in text mode.
-
-        It takes the line ends for a character of the text, and text mode turns a carriage return into a line end.
-        """
-        return Vocabulary(self.characters.replace("\r", "\n") + "\n")
+            raise ModelFileError(f"{path}: holds no UTF-8 text; run data_extract.py again")
+        return cls(text)
 
     def __len__(self) -> int:
         return len(self.characters)
@@ -488,29 +431,22 @@ class Vocabulary:
 
 
 @contextmanager
-def name_file_in_errors(name: str | Path) -> Iterator[None]:
-    """Within it, every OSError names this file. Python names none when a disk is full or a pipe is closed."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(name)) from error
-
-
-@contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """Give a new binary file that replaces `path` when the block has succeeded and all of it is on the disk.
 
-    Until then, what stood at `path` stays as it was. If it is a symbolic link, its target is replaced. Raises OSError.
+    Until then, what stood at `path` stays as it was. Of a symbolic link, the target is replaced. Raises OSError.
     """
-    target = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
-    temporary = Path(f"{target}.tmp")  # in the same folder, since only there a rename is atomic
+    target = os.path.realpath(path)
+    # In the same folder, since only there a rename is atomic. Two processes must not write to one file.
+    temporary = Path(f"{target}.{os.getpid()}.tmp")
     try:
-        with name_file_in_errors(path):
-            with open(temporary, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except OSError as error:  # in which Python names no file when the disk is full
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -533,340 +469,210 @@ def load_model(
     Reads what `save_model` writes and the tutorial's models, from `pickle.dump` or `torch.save`: whole, or their
     weights, also in a checkpoint. No code in a file ever runs. Raises OSError and ModelFileError.
     """
-    model, vocabulary = build_model(read_model_file(path), path, vocabulary)
-    return model.to(device), vocabulary
-
-
-def build_model(
-    content: dict, path: str | Path, vocabulary: Vocabulary | None = None
-) -> tuple[GPTLanguageModel, Vocabulary]:
-    """Make the model, in eval mode, and the vocabulary of what `read_model_file` returned. Raises ModelFileError."""
-    weights = content["weights"]
     try:
-        shape = shape_of(weights)
-        config = {**content.get("config", {}), **shape}
-        if config != content.get("config", shape):
-            raise ValueError("the shape is not that of the weights")
+        content = read_model_file(path)
+        config = {**content.get("config", {}), **shape_of(content["weights"])}  # of the first, only the dropout counts
         model = GPTLanguageModel(**config)
-        model.load_state_dict(weights, assign=True)
+        model.load_state_dict(content["weights"])  # fails if one is missing, left over or of another shape
         if "vocabulary" in content:
-            characters = content["vocabulary"]
-            if type(characters) is not str or len(set(characters)) != shape["vocab_size"]:
-                raise ValueError("the vocabulary is not that of the weights")
-            vocabulary = Vocabulary(characters)
-    except Exception as error:  # parts that are missing, of the wrong type or of the wrong shape
-        if is_out_of_memory(error):
-            raise
-        reason = f" ({error})" if isinstance(error, ValueError) else ""  # the others speak to programmers
-        raise ModelFileError(
-            f"{path}: not a GPTLanguageModel: weights, shape and vocabulary do not fit{reason}; "
-            "train one with training.py"
-        ) from error
-    for name, weight in weights.items():
+            vocabulary = Vocabulary(content["vocabulary"])
+    except OSError:
+        raise
+    except Exception as error:  # whatever a damaged or foreign file may cause
+        reason = str(error).rpartition("WeightsUnpickler error:")[2] or type(error).__name__
+        reason = escape(" ".join(reason.split()))[:100]
+        problem = explain(error) or f"not a model file that can be read ({reason}); train one with training.py"
+        raise ModelFileError(f"{path}: {problem}") from error
+    for name, weight in model.named_parameters():
         if not (weight.abs() <= MAX_WEIGHT).all():
             raise ModelFileError(f"{path}: {name} is NaN or absurd in places; use a file from before that happened")
-    if vocabulary is None:
-        raise ModelFileError(f"{path}: holds no vocabulary; name the vocab.txt it was trained with: -vocab vocab.txt")
-    if "vocabulary" not in content and len(vocabulary.as_in_the_tutorial()) == shape["vocab_size"]:
-        vocabulary = vocabulary.as_in_the_tutorial()
-    if len(vocabulary) != shape["vocab_size"]:
-        raise ModelFileError(
-            f"{path}: knows {shape['vocab_size']} characters, the given vocabulary has {len(vocabulary)}; "
-            "name the vocab.txt it was trained with: -vocab vocab.txt"
-        )
-    return model.eval(), vocabulary
+    found = 0 if vocabulary is None else len(vocabulary)
+    if found != config["vocab_size"]:
+        problem = f"{path}: knows {config['vocab_size']} characters, but the vocabulary has {found}"
+        raise ModelFileError(f"{problem}; name the vocab.txt that it was trained with: -vocab vocab.txt")
+    return model.to(device).eval(), vocabulary
 
 
 def shape_of(weights: dict[str, torch.Tensor]) -> dict[str, int]:
     """Return the constructor's arguments that fit the weights. Raises one of many exceptions for other weights."""
     vocab_size, n_embd = weights["token_embedding_table.weight"].shape
-    layers = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
-    heads = {name.split(".")[4] for name in weights if name.startswith("blocks.0.sa.heads.")}
-    if len(weights) != 6 + len(layers) * (10 + 3 * len(heads)):
-        raise ValueError("weights are missing or left over")
     return {
         "vocab_size": vocab_size,
         "n_embd": n_embd,
-        "n_head": len(heads),
-        "n_layer": len(layers),
+        "n_head": len({name.split(".")[4] for name in weights if name.startswith("blocks.0.sa.heads.")}),
+        "n_layer": len({name.split(".")[1] for name in weights if name.startswith("blocks.")}),
         "block_size": len(weights["position_embedding_table.weight"]),
     }
 
 
 # Reading a model file without running it -----------------------------------------------------------------------------
 #
-# A pickle may name any function to be called while it is read. So each name in a file is either in a short list of
-# functions that make plain data, or replaced by a StandIn that does nothing, or refused. Python's own look-up of names
-# is never used, and no code from a file runs.
-
-# Classes of models, in modules of any name; the tutorial spells one of them FeedFoward
-MODEL_CLASSES = (
-    *("Head", "MultiHeadAttention", "FeedForward", "FeedFoward", "Block", "GPTLanguageModel"),
-    *("Linear", "Dropout"),
-)
-HARMLESS = ("torch.", "numpy.", "argparse.Namespace", "pathlib.")  # what models and checkpoints hold beside weights
-WEIGHT_KEYS = ("weights", "model", "model_state_dict", "state_dict")  # where checkpoints hold the weights
-OLD_FORMAT = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the beginning of what torch.save wrote before version 1.6
+# A pickle may name any function to be called while it is read. Here a short list of names makes plain data and tensors,
+# and every other name becomes a StandIn, which does nothing. Python's own look-up of names is never used, so no code
+# from a file runs.
 
 
-class UnreadableError(ValueError):
-    """A file is no model file; the message says why and what to do."""
+def read_model_file(path: str | Path) -> dict:
+    """Return what `save_model` has put into a file; of other files, the weights.
+
+    Raises OSError, and one of many exceptions for files that hold anything else.
+    """
+    data = Path(path).read_bytes()
+    if not data.startswith(b"PK"):  # how the zip archives of torch.save begin
+        content = DataUnpickler(io.BytesIO(data)).load()
+    else:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            if archive.testzip() is not None:  # torch.load ignores the check sums
+                raise ValueError("it is damaged")
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data))
+        with torch.serialization.safe_globals([(StandIn, name) for name in names]):
+            content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    ours = content if isinstance(content, dict) and "weights" in content else {}
+    return {**ours, "weights": find_weights(content)}
 
 
 class StandIn:
     """Takes the place of any class or function, keeps the attributes of a module, and does nothing else."""
 
     def __init__(self, *_):
-        self.attributes = {}
+        pass
+
+    __setitem__ = append = extend = add = __init__
 
     def __setstate__(self, state) -> None:
-        self.attributes = state if type(state) is dict else {}
-
-
-def read_model_file(path: str | Path) -> dict:
-    """Return what `save_model` has put into a file; of other files, the weights. Raises OSError and ModelFileError."""
-    with name_file_in_errors(path):
-        data = Path(path).read_bytes()
-    try:
-        content = unpickle(data)
-        weights = find_weights(content, len(data))
-    except UnreadableError as error:
-        raise ModelFileError(f"{path}: not a model file: {error}") from error
-    except Exception as error:  # whatever a damaged or foreign file may cause
-        if is_out_of_memory(error):
-            raise
-        raise ModelFileError(f"{path}: {unreadable_because(data)}") from error
-    ours = type(content) is dict and "weights" in content
-    return {**(content if ours else {}), "weights": weights}
-
-
-def unreadable_because(data: bytes) -> str:
-    """Return what is wrong with a file that can't be read, judged by its bytes, and what to do."""
-    if not data:
-        return "not a model file: it is empty; copy or download it again, or train one with training.py"
-    if data[8:10] == b'{"':
-        return "not a model file but one of safetensors, which is not read; train one with training.py"
-    if zipfile.is_zipfile(io.BytesIO(data)):
-        return "not a model file, or one that is damaged, or not in the default format of torch.save; save it again"
-    if data.startswith((b"PK", b"\x80")):  # the beginning of an archive or a pickle
-        return "not a model file, or one that is cut short or damaged; copy or download it again"
-    return "not a model file; train one with training.py"
-
-
-def unpickle(data: bytes):
-    """Return the content of a file of `torch.save` or `pickle.dump`. Raises one of many exceptions for other files."""
-    if data.startswith(OLD_FORMAT):
-        return load_with_torch(data)
-    if not data.startswith(b"PK"):
-        try:
-            return DataUnpickler(io.BytesIO(data)).load()
-        except (MemoryError, RuntimeError) as error:
-            if is_out_of_memory(error):
-                # A damaged pickle may ask for any amount. A good one takes less than this, which fails for the same
-                # reason if memory is really too small.
-                bytearray(4 * len(data))
-            raise ValueError("a pickle that can't be read") from error
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        entries = archive.infolist()
-        # torch.save never compresses, and a compressed member could unpack to a thousand times its size.
-        if any(entry.compress_type for entry in entries) or sum(entry.file_size for entry in entries) > len(data):
-            raise ValueError("members that take more memory than the file")
-        if archive.testzip() is not None:  # torch.load ignores the check sums
-            raise ValueError("a member is damaged")
-    names = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data))
-    with torch.serialization.safe_globals([(stand_in(name), name) for name in sorted(names)]):
-        return load_with_torch(data)
-
-
-def load_with_torch(data: bytes):
-    """Read what `torch.save` wrote with PyTorch's weights-only unpickler, which calls only a list of its own."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of pickle protocols; what can't be read is an error anyway
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-
-
-def stand_in(name: str) -> type[StandIn]:
-    """Return what a class or function of this full name becomes. Raises UnreadableError if no model needs it."""
-    if name.rpartition(".")[2] in MODEL_CLASSES or name.startswith(HARMLESS):
-        return StandIn
-    raise UnreadableError(f"it asks for {name[:80]!a}, which no GPTLanguageModel needs; train one with training.py")
+        vars(self).update(state if type(state) is dict else {})
 
 
 class DataUnpickler(pickle.Unpickler):
     """Read data, tensors and the attributes of modules from a file of `pickle.dump`."""
 
     def find_class(self, module: str, name: str):
-        """Return what the pickle may call by this name. Raises UnreadableError if that is nothing."""
-        name = f"{module}.{name}"
+        """Return what the pickle may call by this name."""
         # Functions are made anew for each name, since a pickle can set attributes of what it is given.
         known = {
-            # A storage is a whole file of torch.save, in its old format.
-            "torch.storage._load_from_bytes": lambda data: load_with_torch(data),
-            "torch._utils._rebuild_tensor_v2": lambda *arguments: rebuild_tensor(*arguments),
-            "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
             "collections.OrderedDict": OrderedDict,
-            "builtins.set": set,
-            # In protocols 0 to 2:
-            "__builtin__.set": set,
-            "__builtin__.object": object,
-            "copy_reg._reconstructor": lambda *_: StandIn(),
-            "_codecs.encode": lambda text, _: text.encode("latin1"),
+            "torch.storage._load_from_bytes": lambda data: torch.load(
+                io.BytesIO(data), map_location="cpu", weights_only=True
+            ),
+            "torch._utils._rebuild_tensor_v2": lambda *arguments: torch._utils._rebuild_tensor_v2(*arguments),
+            "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+            "_codecs.encode": lambda text, _: text.encode("latin1"),  # bytes in protocols 0 to 2
         }
-        return known[name] if name in known else stand_in(name)
+        return known.get(f"{module}.{name}", StandIn)
 
 
-def rebuild_tensor(storage: torch.TypedStorage, start: int, size: tuple, stride: tuple, *_) -> torch.Tensor:
-    """Return the tensor of this shape in a storage; as_strided refuses what would lie outside."""
-    return torch.empty(0, dtype=storage.dtype).set_(storage).as_strided(size, stride, start)
-
-
-def find_weights(content, size: int) -> dict[str, torch.Tensor]:
-    """Return the weights in what a file of `size` bytes holds, by their names in a GPTLanguageModel.
-
-    They are in float32 and share no memory. Raises UnreadableError if there are no such weights.
-    """
-    if isinstance(content, dict):
-        content = next((content[key] for key in WEIGHT_KEYS if key in content), content)
+def find_weights(content) -> dict[str, torch.Tensor]:
+    """Return the weights in what a file holds, by their names in a GPTLanguageModel. Raises ValueError for others."""
+    if isinstance(content, dict):  # a checkpoint holds the weights under one of these names
+        names = ("weights", "model", "model_state_dict", "state_dict")
+        content = next((content[name] for name in names if name in content), content)
     if isinstance(content, StandIn):
         content = module_weights(content)
-    named = dict(content) if isinstance(content, dict) else {}
     weights = {}
-    for name, weight in named.items():
+    for name, weight in content.items() if isinstance(content, dict) else ():
         # torch.compile and DistributedDataParallel wrap a module in another, whose name is then part of the names.
         parts = [part for part in str(name).split(".") if part not in ("_orig_mod", "module")]
-        if parts[-1:] != ["tril"]:  # the tutorial saves its masks with the weights
+        if parts[-1] != "tril":  # the tutorial saves its masks with the weights
             weights[".".join(parts)] = weight
     if "token_embedding_table.weight" not in weights:
-        others = f" but {next(iter(weights))[:80]!a}" if weights else ""
-        raise UnreadableError(f"it holds no weights of a GPTLanguageModel{others}; train one with training.py")
-    total = 0
-    for name, weight in weights.items():
-        if not (isinstance(weight, torch.Tensor) and weight.layout == torch.strided and weight.is_floating_point()):
-            raise UnreadableError(f"{name[:80]!a} in it is no weight; train one with training.py")
-        total += weight.numel() * weight.element_size()
-        if total > size:  # one number can stand for 2^40 of them
-            raise UnreadableError("it holds more numbers than it has room for; train one with training.py")
-        weights[name] = torch.empty(weight.shape).copy_(weight.detach())
+        raise ValueError("it holds no weights of a GPTLanguageModel")
     return weights
 
 
 def module_weights(module: StandIn, prefix: str = "") -> dict[str, torch.Tensor]:
     """Return the weights of a whole module by their names. Raises one of many exceptions for anything else."""
-    parameters = module.attributes.get("_parameters", {})
+    parameters = vars(module).get("_parameters", {})
     weights = {prefix + name: weight for name, weight in parameters.items() if weight is not None}
-    for name, child in module.attributes.get("_modules", {}).items():
+    for name, child in vars(module).get("_modules", {}).items():
         weights |= module_weights(child, f"{prefix}{name}.")
     return weights
 
 
 # What training.py and chatbot.py share of their command lines --------------------------------------------------------
 
-METAVARS = {"int": "N", "float": "X", "Path": "FILE"}
 
+class Parser(argparse.ArgumentParser):
+    """Takes flags with one dash or two, as in `-seed 1`, and names each default in the help."""
 
-def make_parser(description: str) -> tuple[argparse.ArgumentParser, Callable[..., None]]:
-    """Return a parser, and a function that adds a flag to it: `flag("batch_size", type=int, default=32, help="…")`."""
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False, description=description)
-    parser.add_argument("-help", action="help", help=argparse.SUPPRESS)  # else argparse takes it for -h and "elp"
+    def __init__(self, description: str):
+        super().__init__(description=description, usage=argparse.SUPPRESS, allow_abbrev=False)
+        self.add_argument("-help", action="help", help=argparse.SUPPRESS)  # else it would be -h with a value, "elp"
 
-    def flag(name: str, help: str, **options) -> None:
-        takes_value = "action" not in options
-        if takes_value and "choices" not in options:
-            kind = options["type"].__name__ if "type" in options else "str"
-            metavar = "FOLDER" if name.endswith("_dir") else METAVARS.get(kind, "TEXT")
-            options.setdefault("metavar", metavar)
-        if takes_value and options.get("default") is not None:
+    def flag(self, name: str, help: str, **options) -> None:
+        """Add a flag: `flag("batch_size", type=int, default=32, help="…")`."""
+        if options.get("default") is not None:
             help += " (default: %(default)s)"
-        parser.add_argument(f"-{name}", help=help, **options)
-        # Two dashes work too, but would only double the length of the help.
-        hidden = {**options, "dest": name, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
-        parser.add_argument(f"--{name}", **hidden)
+        if "type" in options:
+            options["metavar"] = options["type"].__name__.upper()  # "-seed INT"
+        self.add_argument(f"-{name}", help=help, **options)
 
-    return parser, flag
+    def error(self, message: str) -> NoReturn:
+        super().error(escape(message))
+
+    def parse_args(self, arguments: list[str] | None = None, namespace: argparse.Namespace | None = None):
+        arguments = sys.argv[1:] if arguments is None else arguments
+        # Only whole flags lose a dash: a prompt may begin with two.
+        return super().parse_args([re.sub(r"^--(?=\w+(=|$))", "-", argument) for argument in arguments], namespace)
 
 
-def bounded(kind: type, least: float, below: float | None = None) -> Callable:
-    """Return a type for argparse: an int or a finite float of at least `least`, and below `below`."""
-    limit = below or (2**31 if kind is int else math.inf)
+def bounded(kind: type, least: float, below: float = 2**31) -> Callable:
+    """Return a type for argparse: an int or a float of at least `least` and below `below`."""
 
     def parse(text: str):
         value = kind(text)
-        if not value >= least:  # so that NaN is refused too
-            raise argparse.ArgumentTypeError(f"{text} is not {least} or more")
-        if not value < limit:
-            raise argparse.ArgumentTypeError(f"{text} is not below {limit}")
+        if not least <= value < below:  # NaN is neither
+            raise argparse.ArgumentTypeError(f"{text} is not at least {least} and below {below}")
         return value
 
     parse.__name__ = kind.__name__  # argparse names it in "invalid int value"
     return parse
 
 
-def choose_device(parser: argparse.ArgumentParser, name: str | None) -> torch.device:
-    """Return the device of this name; without one, CUDA if it is there, else the CPU.
-
-    Ends the program with a usage error if there is no such device here.
-    """
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+def device(name: str) -> torch.device:
+    """Return the device of this name, with its number, as cuda:0; a type for argparse."""
     try:
         probe = torch.zeros(1, device=name)
         probe.item()  # fails for devices that only have shapes, such as "meta"
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
-        reason = f"the memory of {name!r} is full" if is_out_of_memory(error) else f"there is no device {name!r} here"
-        parser.error(f"argument -device: {reason}")
-    if probe.is_cuda:
-        torch.cuda.set_device(probe.device)
-        torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
-    return probe.device  # with its number, as cuda:0
+        reason = str(error).partition("\n")[0]
+        raise argparse.ArgumentTypeError(f"{name!r} can't be used here: {reason}") from None
+    return probe.device
 
 
-def default_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype that the device multiplies fastest."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    # A CPU without units for bfloat16 is many times slower with it than with float32.
-    has_units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if device.type == "cpu" and has_units else torch.float32
+def prepare_streams() -> None:
+    """Let the standard streams replace characters outside their encoding, which is the terminal's."""
+    sys.stdin = sys.stdin or io.StringIO()  # it is None where it was closed, as by `<&-`
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # those of IDLE and Jupyter lack it
+            stream.reconfigure(errors="replace")
 
 
-def prepare_streams(encoding_errors: str) -> None:
-    """Let the standard streams handle characters outside their encoding in this way, as "replace" does.
+def escape(text: str) -> str:
+    """Return the text with control characters other than line end and tab as escapes, as `ascii` writes them.
 
-    Streams that the program was started without (`<&-`, `>&-`) lead nowhere from now on. Those of IDLE and Jupyter,
-    which are no files, stay as they are, and so does the encoding, which is the terminal's.
+    A terminal obeys them: in the name of a file or in what a model writes, they could write to the clipboard.
     """
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
-        elif hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors=encoding_errors)
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: ascii(match[0])[1:-1], text)
 
 
-def first_line(error: Exception) -> str:
-    """Return what an error says, without the pages that torch.compile may add to it."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+def show(text: str, stream: TextIO | None = None, end: str = "\n") -> None:
+    """Print a text at once, escaped on a terminal, to standard output or to another stream. Raises OSError."""
+    stream = stream or sys.stdout
+    try:
+        print(escape(text) if stream and stream.isatty() else text, end=end, file=stream, flush=True)
+    except OSError as error:
+        if stream is sys.stdout:
+            sys.stdout = None  # or Python would try to write the rest once more at its end
+        raise OSError(error.errno, error.strerror, "standard output") from error
 
 
-OUT_OF_MEMORY = (
-    "DefaultCPUAllocator: can't allocate memory",  # torch on Linux and macOS
-    "DefaultCPUAllocator: not enough memory: you tried to allocate",  # torch on Windows
-    "Storage size calculation overflowed",  # torch, for sizes beyond 64 bits
-    "Maximum allowed dimension exceeded",  # NumPy
-    "array is too big",  # NumPy
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-    "MPS backend out of memory",
-    "Invalid buffer size",  # MPS
-)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Return whether an error means that memory was too small, by its type or else by a whole phrase of its message.
-
-    The word "memory" alone proves nothing: "an illegal memory access was encountered" is a bug.
-    """
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return any(phrase in str(error) for phrase in OUT_OF_MEMORY)
+def explain(error: Exception) -> str | None:
+    """Return what to tell the user of an error that can be foreseen; None for any other, which keeps its traceback."""
+    if isinstance(error, ModelFileError):
+        return str(error)
+    if isinstance(error, OSError) and error.filename:  # whatever can be foreseen names its file
+        return f"{error.filename}: {error.strerror}"
+    # The word "memory" alone proves nothing: "an illegal memory access was encountered" is a bug.
+    pattern = "DefaultCPUAllocator|out of memory|Storage size calculation overflowed"
+    is_full = isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and re.search(pattern, str(error)))
+    return "not enough memory" if is_full else None

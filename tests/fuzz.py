@@ -19,7 +19,7 @@ import torch
 from steps import Steps, new_run
 
 import training
-from model import ModelFileError, Vocabulary, is_out_of_memory, load_model
+from model import ModelFileError, Vocabulary, explain, load_model
 
 SECONDS, GIGABYTES = 60, 1  # that a file may take
 
@@ -73,11 +73,10 @@ def resume(path: Path) -> None:
     """Go on with a run for one step, as training.py does."""
     folder = path.parent
     name = path.name.removesuffix(".state.pkl") + ".pkl"
-    settings, start = training.parse_args(["-resume", "-model", str(folder / name)])
-    endless = dict.fromkeys(("max_iters", "eval_interval", "save_interval"), 10**9)
-    changed = {"batch_size": 4, "eval_iters": 1, "data_dir": folder, **endless}  # however many there are now
-    settings = training.Settings(**{**vars(settings), **changed})
-    run = training.restore(new_run(settings, start), start.state)
+    settings, start = training.parse_args(["-resume", "-model", str(folder / name), "-data_dir", str(folder)])
+    vars(settings).update(batch_size=4, eval_iters=1, max_iters=10**9, eval_interval=10**9)  # however many
+    run = new_run(settings, start)
+    training.restore(run, start.state)
     training.train(run, Steps(1))
 
 
@@ -88,14 +87,11 @@ def outcome(path: Path) -> str:
         return "works"
     except (ModelFileError, OSError, training.TrainingError) as error:
         return f"refused: {error}"
-    except (MemoryError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            return f"refused: {path}: not enough memory"
-        return f"{type(error).__name__}: {error}"
     except SystemExit:
         return f"refused: {sys.stderr.getvalue().strip()}"
     except BaseException as error:
-        return f"{type(error).__name__}: {error}"
+        message = isinstance(error, Exception) and explain(error)  # of too little memory
+        return f"refused: {path}: {message}" if message else f"{type(error).__name__}: {error}"
     finally:
         sys.stderr = errors
 
