@@ -30,7 +30,6 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,10 +38,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from reference import PlainGPT  # noqa: E402
 from steps import Steps, new_run, settings_with  # noqa: E402
 
-import chatbot  # noqa: E402
 import training  # noqa: E402
-from model import GPTLanguageModel, Vocabulary, default_dtype, save_model  # noqa: E402
-from training import name_of  # noqa: E402
+from model import GPTLanguageModel  # noqa: E402
 
 SHAPES = {
     "default": ["-dropout=0"],
@@ -53,7 +50,7 @@ SHAPES = {
 }
 TARGET = 1.898  # the loss that nanoGPT ends with on tiny Shakespeare, in the small shape, after its 2000 steps
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-FAST = default_dtype(DEVICE)
+FAST = training.default_dtype(DEVICE)
 nanogpt: ModuleType | None = None  # its model.py
 
 
@@ -62,6 +59,10 @@ def now() -> float:
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -132,7 +133,7 @@ class Stopwatch:
 def begin(shape: str, dtype: torch.dtype, optimizer: str, folder: Path) -> training.Run:
     """Return a run of this shape that is never evaluated or saved."""
     flags = [*SHAPES[shape], f"-device={DEVICE}", f"-dtype={name_of(dtype)}", f"-optimizer={optimizer}"]
-    flags += [f"-data_dir={folder}", "-max_iters=1000000", "-eval_interval=1000000", "-save_interval=1000000"]
+    flags += [f"-data_dir={folder}", "-max_iters=1000000", "-eval_interval=1000000"]
     return new_run(settings_with(flags))
 
 
@@ -241,13 +242,14 @@ def step(folder: Path) -> None:
         measure_step("default", FAST, optimizer, folder, pairs=5, steps=3)
 
 
-def step_float32(folder: Path) -> None:
-    measure_step("default", torch.float32, "adamw", folder, pairs=5, steps=3)
-
-
 def step_small(folder: Path) -> None:
     for optimizer in training.LEARNING_RATES:
         measure_step("small", FAST, optimizer, folder, pairs=10, steps=10)
+
+
+def step_float32(folder: Path) -> None:
+    measure_step("default", torch.float32, "adamw", folder, pairs=5, steps=3)
+    measure_step("small", torch.float32, "adamw", folder, pairs=10, steps=10)
 
 
 def step_shakespeare(folder: Path) -> None:
@@ -260,22 +262,6 @@ def step_large(folder: Path) -> None:
         measure_step("large", FAST, optimizer, folder, pairs=5, steps=5)
 
 
-def batch(folder: Path) -> None:
-    settings = settings_with([f"-data_dir={folder}", "-device=cpu"])
-    text = new_run(settings).train_text
-    data = np.memmap(folder / "tokens.bin", dtype=np.uint16, mode="w+", shape=(1_000_000,))
-    steps = iter(range(10**9))
-
-    def from_encoded():  # as in nanoGPT's get_batch, from tokens encoded beforehand
-        starts = torch.randint(len(data) - 128, (32,))
-        x = torch.stack([torch.from_numpy(data[i : i + 128].astype(np.int64)) for i in starts])
-        y = torch.stack([torch.from_numpy(data[i + 1 : i + 129].astype(np.int64)) for i in starts])
-        return x, y
-
-    mine, other, ratios = work_in_turn(lambda: training.get_batch(text, next(steps), settings), from_encoded, 500)
-    row("batch of 32 x 128 from the text", f"{mine * 1e3:.3f} ms", f"{other * 1e3:.3f} ms", spread(ratios), "encoded")
-
-
 # Learning ------------------------------------------------------------------------------------------------------------
 
 
@@ -285,7 +271,7 @@ def learn(folder: Path, optimizer: str, max_iters: int) -> tuple[float, float]:
     Return the loss on the whole validation text, and the seconds for training.
     """
     flags = [*SHAPES["small"], f"-device={DEVICE}", f"-optimizer={optimizer}", f"-max_iters={max_iters}"]
-    flags += [f"-eval_interval={max_iters}", f"-save_interval={max_iters}", f"-data_dir={folder}"]
+    flags += [f"-eval_interval={max_iters}", f"-data_dir={folder}"]
     run = new_run(settings_with([*flags, f"-model={folder / 'learnt.pkl'}"]))
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         training.train(run, Steps(max_iters + 1))
@@ -294,8 +280,9 @@ def learn(folder: Path, optimizer: str, max_iters: int) -> tuple[float, float]:
 
 def loss_on_all(run: training.Run, model: torch.nn.Module) -> float:
     """Return the loss of a model on the whole validation text."""
-    rows = training.choose_rows(run.val_text, limit=run.val_text.size, count=0, settings=run.settings)
-    return training.mean_loss(model, rows, DEVICE)
+    batches = training.in_batches(run.val_text.from_the_start(), run.settings)
+    settings = argparse.Namespace(**{**vars(run.settings), "dtype": torch.float32})
+    return training.mean_loss(model, run.val_text, batches, settings)
 
 
 class NanoGPT(torch.nn.Module):
@@ -319,7 +306,7 @@ def learn_as_nanogpt(folder: Path, max_iters: int = 2000) -> tuple[float, float]
     data = torch.tensor(vocabulary.encode(text))
     model, optimizer = reference(run.model.config)
     model.train()
-    schedule = training.Settings(learning_rate=1e-3, min_lr=1e-4, warmup_iters=100, max_iters=max_iters)
+    schedule = argparse.Namespace(learning_rate=1e-3, min_lr=1e-4, warmup_iters=100, max_iters=max_iters)
     started = now()
     for step in range(max_iters):
         for group in optimizer.param_groups:
@@ -350,41 +337,6 @@ def learning(folder: Path) -> None:
         row(name, f"{max_iters} steps, {ours:.1f} s", *beside, f"ends at {loss:.4f}")
 
 
-def steps_by_torchrun(folder: Path, processes: int, batch_size: int, count: int = 8) -> subprocess.Popen:
-    """Start a run of the default shape in processes of one thread each. `seconds_of` waits for its end."""
-    flags = {"batch_size": batch_size, "max_iters": count, "eval_interval": count, "eval_iters": 1, "device": "cpu"}
-    model = Path(tempfile.mkdtemp(dir=folder)) / "model.pkl"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [*torchrun, str(ROOT / "training.py"), f"-data_dir={folder}", f"-model={model}"]
-    command += [f"-{name}={value}" for name, value in flags.items()]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    run = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, **quiet)
-    run.metrics, run.count = model.with_suffix(".metrics.csv"), count
-    return run
-
-
-def seconds_of(*runs: subprocess.Popen) -> float:
-    """Return the mean seconds per step of runs side by side."""
-    for run in runs:
-        assert run.wait() == 0
-    return statistics.mean(float(run.metrics.read_text().split(",")[-1]) / run.count for run in runs)
-
-
-def scale(folder: Path) -> None:
-    """Time one process, two that share its rows, and two with half the rows each that don't talk to each other."""
-    times = []
-    for _ in range(5):
-        one = seconds_of(steps_by_torchrun(folder, 1, 32))
-        two = seconds_of(steps_by_torchrun(folder, 2, 32))
-        apart = seconds_of(steps_by_torchrun(folder, 1, 16), steps_by_torchrun(folder, 1, 16))
-        times.append((one, two, apart))
-    one, two, _ = (statistics.median(side) for side in zip(*times))
-    talk = statistics.median(1 - apart / two for _, two, apart in times)
-    ratios = [one / two for one, two, _ in times]
-    note = f"talking takes {talk:.0%} of a step"
-    row("step in two processes, against one", f"{two * 1e3:.0f} ms", f"{one * 1e3:.0f} ms", spread(ratios), note)
-
-
 # Generating ----------------------------------------------------------------------------------------------------------
 
 
@@ -393,9 +345,6 @@ def measure_generation(name: str, dtype: torch.dtype, sequences: int, tokens: in
     theirs, _ = reference(ours.config)
     theirs.eval()
     prompt = torch.zeros(sequences, 1, dtype=torch.long, device=DEVICE)
-    caches = ours.new_caches(sequences)
-    if DEVICE.type == "cuda":
-        chatbot.capture(ours, caches, argparse.Namespace(batch_size=sequences, device=DEVICE))
     block_size, few = ours.block_size, tokens // 10
     # The others run the whole context for every token. A tenth of the tokens, around the mean context, will do.
     mean_context = statistics.mean(min(t, block_size) for t in range(1, tokens + 1))
@@ -405,7 +354,7 @@ def measure_generation(name: str, dtype: torch.dtype, sequences: int, tokens: in
         with reference_dtype():
             theirs.generate(context, few)
 
-    mine, other, ratios = work_in_turn(lambda: ours.generate(prompt, tokens, caches=caches), generate_few, pairs)
+    mine, other, ratios = work_in_turn(lambda: ours.generate(prompt, tokens), generate_few, pairs)
     scale = tokens / few
     rates = f"{sequences * tokens / mine:.0f} tok/s", f"{sequences * few / other:.0f} tok/s"
     row(name, *rates, spread([ratio * scale for ratio in ratios]), f"{name_of(dtype)}")
@@ -419,28 +368,6 @@ def generate(folder: Path) -> None:
 def generate16(folder: Path) -> None:
     for dtype in dict.fromkeys((torch.float32, FAST)):
         measure_generation("generate 150 tokens, 16 sequences", dtype, 16, 150, pairs=5)
-
-
-def startup(folder: Path) -> None:
-    vocabulary = Vocabulary("".join(map(chr, range(32, 132))))
-    save_model(folder / "model-01.pkl", GPTLanguageModel(100), vocabulary)
-    chat = [sys.executable, str(ROOT / "chatbot.py"), "-prompt", "x", "-max_new_tokens", "1"]
-    run = {"cwd": folder, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "check": True}
-    bare = [sys.executable, "-c", "import torch"]
-    mine, other, ratios = work_in_turn(lambda: subprocess.run(chat, **run), lambda: subprocess.run(bare, **run), 7)
-    row("chatbot.py -prompt x -max_new_tokens 1", f"{mine:.2f} s", f"{other:.2f} s", spread(ratios), "import torch")
-
-
-def first_step(folder: Path) -> None:
-    """Time both scripts from their start to the first result, with nothing compiled earlier, and with that kept."""
-    run = {"cwd": folder, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "check": True}
-    train = [str(ROOT / "training.py"), *SHAPES["shakespeare"], f"-device={DEVICE}", "-max_iters=1", "-eval_iters=1"]
-    chat = [str(ROOT / "chatbot.py"), f"-device={DEVICE}", "-prompt=x", "-max_new_tokens=1"]
-    for name, command in (("training.py, one step and its evaluation", train), ("chatbot.py, one character", chat)):
-        # Where torch keeps what it has compiled
-        run["env"] = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": tempfile.mkdtemp(dir=folder)}
-        anew, again = (seconds(lambda: subprocess.run([sys.executable, *command], **run)) for _ in range(2))  # noqa: B023
-        row(f"{name}, Shakespeare shape", f"{anew:.1f} s", "", "", f"{again:.1f} s the second time")
 
 
 # Extracting ----------------------------------------------------------------------------------------------------------
@@ -495,9 +422,9 @@ def extract(folder: Path) -> None:
 
 # The table -----------------------------------------------------------------------------------------------------------
 
-QUICK = (step, step_float32, step_small, generate, generate16, batch, startup, extract)
-GPU = (step_shakespeare, step_large, generate, generate16, first_step)
-ROWS = {function.__name__: (function,) for function in dict.fromkeys((*QUICK, *GPU, learning, scale))}
+QUICK = (step, step_small, step_float32, generate, generate16, extract)
+GPU = (step_shakespeare, step_large, generate, generate16)
+ROWS = {function.__name__: (function,) for function in dict.fromkeys((*QUICK, *GPU, learning))}
 ROWS["gpu"] = GPU
 
 

@@ -27,11 +27,8 @@ from model import GPTLanguageModel
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"data_extract.py": data_extract, "training.py": training, "chatbot.py": chatbot}
 TINY = ["-batch_size=4", "-block_size=8", "-n_embd=16", "-n_head=2", "-n_layer=1", "-eval_iters=2", "-device=cpu"]
-PROGRESS = r"extracting:|replacing:|step \d|\s*\d+%"
-NOTICES = (
-    "the learning rate now follows|no openwebtext folder here|the earlier .* is kept as|"
-    "left out, as the model has never seen them|passed over"
-)
+PROGRESS = r"extracting|replacing|loss|\s*\d+%"
+NOTICES = "no openwebtext|passed over|left out|.*the first save will rename it to|.*there is no run to go on with"
 
 posix = pytest.mark.skipif(os.name != "posix", reason="POSIX links, limits, devices and permissions")
 signals = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals to send")
@@ -39,7 +36,6 @@ linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks a
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as when a shell starts pytest in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)  # or the scripts would not see a Ctrl-C either
-
 
 # Files ---------------------------------------------------------------------------------------------------------------
 
@@ -68,8 +64,7 @@ def write_texts(folder: Path, train: str | None = None, val: str | None = None, 
 
 def metrics(folder: Path, name: str = "model-01") -> list[dict]:
     """The rows of the metrics that a run has left."""
-    with open(folder / f"{name}.metrics.csv", encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+    return list(csv.DictReader((folder / f"{name}.metrics.csv").read_text().splitlines()))
 
 
 @pytest.fixture
@@ -81,10 +76,9 @@ def texts(tmp_path):
 def finished_run(tmp_path_factory) -> dict[str, bytes]:
     """The files of a run of two steps, by name: run.pkl and those beside it, and its texts."""
     folder = write_texts(tmp_path_factory.mktemp("run"))
-    with pytest.MonkeyPatch.context() as patch, training.Interruption() as interruption:
+    with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        settings, start = training.parse_args([*TINY, "-max_iters=2", "-model=run.pkl"])
-        assert training.run_training(settings, start, interruption) == 0
+        assert training.run_training(*training.parse_args([*TINY, "-max_iters=2", "-model=run.pkl"])) == 0
     return read_folder(folder)
 
 
@@ -93,9 +87,8 @@ def finished_run(tmp_path_factory) -> dict[str, bytes]:
 
 def popen_options(name: str, args: tuple, cwd: Path, processes: int = 1) -> dict:
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    launcher = torchrun if processes > 1 else []
     return {
-        "args": [sys.executable, *launcher, str(ROOT / name), *map(str, args)],
+        "args": [sys.executable, *(torchrun if processes > 1 else []), str(ROOT / name), *map(str, args)],
         "cwd": cwd,
         "env": {**os.environ, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"},  # fast enough for tiny models
         "encoding": "utf-8",
@@ -106,7 +99,7 @@ def popen_options(name: str, args: tuple, cwd: Path, processes: int = 1) -> dict
 
 @pytest.fixture
 def run_script(tmp_path):
-    """`run_script("chatbot.py", "-top_k", 3, cwd=..., stdin="...")` runs it to its end, in a process of its own."""
+    """`run_script("chatbot.py", "-top_k", 3, cwd=..., stdin="...")` runs it to its end, in its own process."""
 
     def run(name: str, *args, cwd: Path = tmp_path, stdin: str = "", timeout: float = 60, **options):
         return subprocess.run(**popen_options(name, args, cwd), input=stdin, timeout=timeout, **options)
@@ -125,14 +118,12 @@ def start_script(tmp_path):
     def start(name: str, *args, cwd: Path = tmp_path, processes: int = 1, **options) -> subprocess.Popen:
         options = {"stdin": subprocess.DEVNULL, "start_new_session": True, **options}
         process = subprocess.Popen(**popen_options(name, args, cwd, processes) | options)
-        alarm = threading.Timer(600, process.kill)  # so that no test can wait for ever
-        alarm.daemon = True
-        alarm.start()
-        started.append((process, alarm, processes))
+        started.append((process, processes, threading.Timer(600, process.kill)))
+        started[-1][-1].start()  # so that no test can wait for ever
         return process
 
     yield start
-    for process, alarm, processes in started:
+    for process, processes, alarm in started:
         alarm.cancel()
         if process.poll() is None and processes > 1:
             process.terminate()  # torchrun's processes are in groups of their own, which it ends within 30 seconds
@@ -147,20 +138,16 @@ def start_script(tmp_path):
 @pytest.fixture(autouse=True)
 def one_thread():
     """Use one thread, as the processes do: more are no faster for tiny models, and far slower on a busy machine."""
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
 def extract_here(monkeypatch):
-    """Let archives be extracted in this process, not in others, which would not see what a test has changed."""
+    """Let archives be extracted in this process, since others would not see what a test has changed."""
 
-    def extract_all(archives, parts, workers, min_count):
-        data_extract.ascii_counts[:] = 0
+    def extract_all(archives, parts):
         for index, archive in enumerate(archives):
-            yield data_extract.extract_archive(archive, parts / str(index), min_count)
+            yield data_extract.extract_archive(archive, parts / str(index))
 
     monkeypatch.setattr(data_extract, "extract_all", extract_all)
 
@@ -169,18 +156,13 @@ def extract_here(monkeypatch):
 def short_samples(monkeypatch):
     """Let the model write 8 characters after each evaluation, not 160, which take most of the time of a tiny run."""
     generate = GPTLanguageModel.generate
-
-    def generate_few(model, index, max_new_tokens, **options):
-        return generate(model, index, min(max_new_tokens, 8), **options)
-
-    monkeypatch.setattr(GPTLanguageModel, "generate", generate_few)
+    monkeypatch.setattr(GPTLanguageModel, "generate", lambda *args, **options: generate(*args[:2], 8, **options))
 
 
 @pytest.fixture
 def run_main(tmp_path, monkeypatch, extract_here):
     """`run_main("chatbot.py", "-top_k", 3, stdin=..., stdout=...)` runs a script's main() in this process."""
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    handlers = {number: signal.getsignal(number) for number in numbers}
+    handlers = {number: signal.getsignal(number) for number in (2, 15, getattr(signal, "SIGHUP", 2))}
 
     def run(name: str, *args, cwd: Path = tmp_path, **streams) -> subprocess.CompletedProcess:
         modes = {"stdin": "strict", "stdout": "strict", "stderr": "backslashreplace"}  # as Python has it
@@ -228,12 +210,11 @@ def wait_for(condition, seconds: float = 10) -> None:
 
 
 def wait_until_shown(process: subprocess.Popen, text: str, stream: str = "stderr") -> None:
-    """Read standard error, or standard output, up to this text."""
+    """Read standard error, or another stream, up to this text."""
     shown = ""
     while text not in shown:
-        character = getattr(process, stream).read(1)
+        shown += (character := getattr(process, stream).read(1))
         assert character, shown
-        shown += character
 
 
 def processes_of(group: int) -> dict[int, str]:

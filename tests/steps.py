@@ -1,17 +1,18 @@
 """Set up a run of training.py and drive its loop for some steps, for the tests on a GPU and for the benchmark."""
 
 import copy
+from argparse import Namespace
 
 import training
 
 
-def settings_with(flags: list[str], **changed) -> training.Settings:
+def settings_with(flags: list[str], **changed) -> Namespace:
     """Return the settings that these flags come to. `changed` are what no flag can be."""
     settings, _ = training.parse_args([*flags])
-    return training.Settings(**{**vars(settings), **changed})
+    return Namespace(**{**vars(settings), **changed})
 
 
-def new_run(settings: training.Settings, start: training.Start | None = None) -> training.Run:
+def new_run(settings: Namespace, start: training.Start | None = None) -> training.Run:
     """Return a run at its beginning, on the texts in the folder of the settings."""
     training.torch.manual_seed(settings.seed)
     model, vocabulary = training.starting_model(settings, start)
@@ -21,7 +22,8 @@ def new_run(settings: training.Settings, start: training.Start | None = None) ->
         for name in ("output_train.txt", "output_val.txt")
     ]
     optimizer = training.Optimizer(model, settings)
-    return training.Run(settings, model, copy.deepcopy(model), vocabulary, *texts, optimizer, training.Record())
+    record, files = training.Record(), training.Files(settings.model)
+    return training.Run(settings, model, copy.deepcopy(model), vocabulary, *texts, optimizer, record, files)
 
 
 class Steps:

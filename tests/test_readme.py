@@ -1,4 +1,4 @@
-"""What README.md says is so: its commands run, its tables name every flag, its messages, names and links exist.
+"""What README.md says is so: its commands run, its flags, messages, names and links exist, every flag has a help text.
 
 The commands run from the top of the page to its end in one folder, as a reader types them, on tiny shapes. Those that
 need several processes are parsed only, and those of other programs are known by their first word.
@@ -36,29 +36,13 @@ SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PROSE, flags=re.MULTI
 INLINE_CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 
 OUR_PROGRAMS = ("python", "torchrun")
-OTHER_PROGRAMS = ("pip", "python3", "py", "source", "ruff", "tar", "pdftotext", "pandoc", "iconv")
-OTHER_PROGRAMS += ("Set-ExecutionPolicy",)  # of PowerShell
+OTHER_PROGRAMS = ("pip", "python3", "py", "mkdir", "curl", "tar", "pdftotext", "pandoc", "iconv", "Set-ExecutionPolicy")
+FLAGS_WITHOUT_A_DEFAULT = {"init_from", "vocab", "plot", "prompt", "prompt_file", "stop"}
 SMALL = {
     "data_extract.py": [],
     "training.py": [*TINY, "-max_iters=2"],
     "chatbot.py": ["-max_new_tokens=5", "-device=cpu"],
 }
-
-
-def cells(row: str) -> list[str]:
-    return [cell.strip() for cell in row.strip("|").split("|")]
-
-
-def table(header: str) -> list[list[str]]:
-    """Return the rows of the table whose header begins with this."""
-    lines = PROSE.partition(f"\n| {header} |")[2].splitlines()[2:]
-    rows = []
-    for line in lines:
-        if not line.startswith("|"):
-            break
-        rows.append(cells(line))
-    assert rows, f"README.md has no table {header}"
-    return rows
 
 
 # Commands ------------------------------------------------------------------------------------------------------------
@@ -74,7 +58,7 @@ def commands(text: str) -> list[str]:
                 found += line.split(" && ")
         else:
             found += [code for code in INLINE_CODE.findall(line) if " " in code and is_command(code)]
-    return found
+    return [command for command in found if not command.startswith("python3 -m venv")]
 
 
 def is_command(code: str) -> bool:
@@ -156,8 +140,9 @@ def check_torchrun(arguments: list[str]) -> None:
 
 
 def check_pytest(arguments: list[str]) -> None:
-    for name in arguments[1::2]:
-        assert arguments[0] == "-m" and f"{name}:" in (ROOT / ".pytest.ini").read_text(encoding="utf-8")
+    """See that the file to test, or the marker, exists."""
+    known = (ROOT / ".pytest.ini").read_text(encoding="utf-8")
+    assert not arguments or (ROOT / arguments[0]).is_file() or (arguments[0] == "-m" and f"{arguments[1]}:" in known)
 
 
 def test_every_command_runs(run_command, reader):
@@ -194,8 +179,7 @@ def without_figures(text: str) -> str:
     """Return a text with 0 for every number, without what differs between machines or sizes, and with single blanks."""
     text = re.sub(r"\d[\d.,]*\d|\d", "0", text)
     text = re.sub(r"\w*float0", "float", text)
-    text = text.replace("threads,", "thread,")
-    text = text.replace("0% of the validation", "the whole validation")  # all of it would take a tiny run too long
+    text = text.replace("first 0 characters of the", "whole")  # all of it would take a tiny run too long
     return " ".join(text.split())
 
 
@@ -205,9 +189,9 @@ def test_the_session_is_what_the_scripts_print(run_command):
     for block in blocks:
         command, *lines = [line.removeprefix("    ") for line in block.splitlines()]
         printed = without_figures(run_command(command.removeprefix("$ ")))
-        for part in "\n".join(lines).split("\n...\n"):
-            for paragraph in re.split(r"\n(?=step|best)", part):
-                assert without_figures(paragraph) in printed, paragraph
+        for line in lines:
+            if line != "..." and not line.startswith("    "):  # which are samples
+                assert without_figures(line) in printed, line
 
 
 # Flags ---------------------------------------------------------------------------------------------------------------
@@ -223,83 +207,42 @@ def actions(script: str, monkeypatch) -> dict[str, argparse.Action]:
     def stop(parser, *_):
         raise Parsed(parser)
 
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
-    with pytest.raises(Parsed) as caught:
-        SCRIPTS[script].parse_args([])
-    shown = [action for action in caught.value.args[0]._actions if action.help != argparse.SUPPRESS]
-    return {action.dest: action for action in shown if action.dest != "help"}
-
-
-def defaults_in(cell: str, count: int) -> list[str]:
-    """Return the defaults of the flags that share a row; several are set apart by semicolons or commas."""
-    separator = "; " if ";" in cell else ", "
-    parts = cell.replace("`", "").split(separator) if count > 1 and cell else [cell.replace("`", "")] * count
-    assert len(parts) == count, cell
-    return parts
+    with monkeypatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        patch.setattr(sys, "argv", [script])
+        with pytest.raises(Parsed) as caught:
+            SCRIPTS[script].parse_args(*([[]] if script == "data_extract.py" else []))
+    return {action.dest: action for action in caught.value.args[0]._actions if action.dest != "help"}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_the_table_of_flags_names_all_with_their_defaults(script, monkeypatch):
-    flags = actions(script, monkeypatch)
-    listed = []
-    for names, cell, meaning in table(f"`{script}`"):
-        names = re.findall(r"`-(\w+)`", names)
-        for name, default in zip(names, defaults_in(cell, len(names))):
-            if flags[name].default is not None:  # else it is worked out, which the cell says in words
-                expected = "off" if flags[name].default is False else str(flags[name].default)
-                assert default == expected, f"-{name}"
-            assert all(choice in cell + meaning for choice in flags[name].choices or ()), f"-{name}"
-        listed += names
-    assert sorted(listed) == sorted(flags)
-
-
-def test_the_table_knows_the_learning_rates():
-    rows = {row[0]: row[1] for row in table("`training.py`")}
-    for optimizer, rate in training.LEARNING_RATES.items():
-        assert f"{rate} with `{optimizer}`" in rows["`-learning_rate`"]
+def test_every_flag_has_a_help_text_that_names_its_default(script, monkeypatch):
+    for name, action in actions(script, monkeypatch).items():
+        assert len(action.help) > 10, name
+        if action.default not in (None, False):
+            assert "(default: %(default)s)" in action.help, name
+        elif action.default is None and name not in FLAGS_WITHOUT_A_DEFAULT:
+            assert "(default: " in action.help, name
 
 
 def test_every_flag_in_the_text_exists(monkeypatch):
     known = {name for script in SCRIPTS for name in actions(script, monkeypatch)}
     known |= {"h", "m", "only", "nanogpt"}  # of Python, pytest and the benchmark
     for code in INLINE_CODE.findall(PROSE):
-        if code.startswith("-") and not code.startswith("--dropout="):  # of nanoGPT
-            name = re.match(r"--?(\w*)", code).group(1)
-            assert name in known or code == "-", code  # "-" stands for the standard input
+        if code.startswith("-"):
+            assert re.match(r"--?(\w+)", code).group(1) in known, code
 
 
 def test_what_a_resumed_run_may_change_is_named():
     paragraph = next(text for text in SECTIONS["Recipes"].split("\n\n") if "may change" in text)
-    named = re.findall(r"`-(\w+)`", paragraph.partition("may grow")[2].partition("may change")[0])
-    assert sorted(named) == sorted({*training.MAY_CHANGE_ON_RESUME} - {"model", "resume"})
+    named = re.findall(r"`-(\w+)`", paragraph.partition("may change")[0])
+    assert sorted(named) == sorted({*training.MAY_CHANGE_ON_RESUME, "plot"})
 
 
 # Messages, names and links -------------------------------------------------------------------------------------------
 
 
-def texts_in(source: str) -> list[str]:
-    """Return all texts in a Python file, with … where they take up a value."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            found.append(node.value)
-        if isinstance(node, ast.JoinedStr):
-            found.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
-    return found
-
-
-TEXTS = [text for source in SOURCES.values() for text in texts_in(source)]
-
-
-@pytest.mark.parametrize("message", [code for row in table("you see") for code in INLINE_CODE.findall(row[0])])
-def test_messages_are_those_of_the_scripts(message):
-    pattern = ".*".join(re.escape(part) for part in message.split("…"))
-    # A message may begin with a value, such as a folder's name, for which the page has an example.
-    shown = [text.replace("…", data_extract.DEFAULT_DATA_DIR) if text.startswith("no …") else text for text in TEXTS]
-    assert any(re.search(pattern, text) for text in shown)
-
-
-@pytest.mark.parametrize("section", ["How the model works", "How sampling works", "Working on it"])
+@pytest.mark.parametrize("section", ["How the model works", "How training works", "Reading the code"])
 def test_names_in_the_text_are_those_in_the_code(section):
     names = [code for code in INLINE_CODE.findall(SECTIONS[section]) if re.fullmatch(r"[A-Za-z]\w+", code)]
     assert names
@@ -310,6 +253,8 @@ def test_names_in_the_text_are_those_in_the_code(section):
 def test_files_in_the_text_exist():
     for name in re.findall(r"`((?:tests/|\.ci/)[\w./]+)", PROSE) + list(SOURCES):
         assert (ROOT / name).is_file() and f"`{name}" in PROSE, name
+    for name in re.findall(r"!\[[^]]+\]\((.+?)\)", PROSE):
+        assert (ROOT / name).read_text(encoding="utf-8").startswith("<svg"), name
 
 
 def anchor(heading: str) -> str:
@@ -319,8 +264,8 @@ def anchor(heading: str) -> str:
 
 def test_links_lead_to_headings():
     anchors = {anchor(heading) for heading in re.findall(r"^#+ (.+)$", PROSE, re.MULTILINE)}
-    targets = re.findall(r"\]\(([^)]+)\)", PROSE)
-    assert sum(target.startswith("#") for target in targets) >= 3
+    targets = [target for target in re.findall(r"\]\(([^)]+)\)", PROSE) if not target.startswith(".readme/")]
+    assert sum(target.startswith("#") for target in targets) >= 2
     for target in targets:
         assert target[1:] in anchors if target.startswith("#") else target.startswith("https://"), target
 
@@ -330,7 +275,7 @@ def test_the_section_that_messages_name_exists():
 
 
 def test_each_script_imports_only_what_it_may():
-    """The rule that "Working on it" gives."""
+    """The rule of the house: workers of data_extract.py start in a tenth of the time without torch."""
     may = {
         "model.py": {"torch", "numpy"},
         "data_extract.py": {"numpy", "tqdm"},
@@ -376,29 +321,13 @@ def json_lines(rows: list[dict]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
-def zstd_in_frames(data: bytes) -> bytes:
-    """As several threads of zstd leave it: compressed in several pieces, one after another."""
-    zstandard = pytest.importorskip("zstandard", reason="the recipe for .zst needs zstandard")
-    return b"".join(zstandard.compress(line) for line in data.splitlines(keepends=True))
-
-
-@pytest.mark.parametrize(
-    "ending, opener, pack",
-    [
-        ("jsonl.gz", "gzip.open", gzip.compress),
-        ("jsonl", "open", bytes),
-        ("jsonl.zst", "zstandard.open", zstd_in_frames),
-    ],
-)
-def test_the_recipe_for_json_lines(tmp_path, monkeypatch, ending, opener, pack):
+@pytest.mark.parametrize("ending, pack", [("jsonl.gz", gzip.compress), ("jsonl", bytes)])
+def test_the_recipe_for_json_lines(tmp_path, monkeypatch, ending, pack):
     files = {"a": pack(json_lines(ROWS[:1])), "b": pack(json_lines(ROWS))}
     put(tmp_path / "downloads", {f"{name}.{ending}": content for name, content in files.items()})
     (tmp_path / "my_texts").mkdir()
     monkeypatch.chdir(tmp_path)
-    code = snippet("gzip.open")
-    assert opener in code or f"`{opener}`" in SECTIONS["Other kinds of data"]
-    names = {"zstandard": pytest.importorskip("zstandard")} if ending.endswith("zst") else {}
-    exec(code.replace("gzip.open", opener).replace("*.jsonl.gz", f"*.{ending}"), names)
+    exec(snippet("gzip.open"), {})
     one = "One “text” of\ntwo lines\n\n"
     assert (tmp_path / "my_texts/jsonl.txt").read_bytes().decode() == one + EXPECTED
 
