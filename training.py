@@ -25,7 +25,7 @@ import time
 import zlib
 from argparse import Namespace
 from codecs import utf_8_decode
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -41,6 +41,7 @@ from tqdm import tqdm
 
 from model import (
     REPLACEMENT,
+    Block,
     GPTLanguageModel,
     ModelFileError,
     Parser,
@@ -314,34 +315,39 @@ def update_average(average: GPTLanguageModel, model: GPTLanguageModel, step: int
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalized: each update moves a matrix equally far in all directions, frequent and rare ones.
 
-    Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks". Products are computed in `dtype`.
+    Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks". The heads of a layer are joined: all
+    queries make up one matrix, as do all keys and all values. One by one, the loss ends 0.005 nats higher.
     """
 
-    def __init__(self, matrices: list[torch.nn.Parameter], weight_decay: float, dtype: torch.dtype):
-        self.dtype = dtype
-        # Matrices of one shape are worked on together, as a stack.
-        groups = {}
-        for matrix in matrices:
-            groups.setdefault(matrix.shape, []).append(matrix)
-        groups = [{"params": group} for group in groups.values()]
+    def __init__(self, blocks: Sequence[Block], weight_decay: float, dtype: torch.dtype):
+        self.dtype = dtype  # of the products
+        names = ("query", "key", "value")
+        heads = [getattr(head, name).weight for block in blocks for name in names for head in block.sa.heads]
+        n_embd = heads[0].shape[1]
+        groups = [
+            {"params": heads + [block.sa.proj.weight for block in blocks], "rows": n_embd},
+            {"params": [block.ffwd.net[0].weight for block in blocks], "rows": 4 * n_embd},
+            {"params": [block.ffwd.net[2].weight for block in blocks], "rows": n_embd},
+        ]
         super().__init__(groups, {"lr": 0.0, "weight_decay": weight_decay, "momentum": 0.95})
 
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            matrices = group["params"]
-            gradients = torch.stack([matrix.grad for matrix in matrices])  # (N, rows, columns)
-            state = self.state[matrices[0]]  # the whole group's, kept with its first matrix
+            weights, rows = group["params"], group["rows"]
+            gradients = torch.cat([weight.grad for weight in weights])
+            gradients = gradients.unflatten(0, (-1, rows))  # (N, rows, columns): N matrices are worked on together
+            state = self.state[weights[0]]  # the whole group's, kept with its first weight
             if not state:
                 state["momentum"] = torch.zeros_like(gradients)
             state["momentum"].lerp_(gradients, 1 - group["momentum"])
             ahead = gradients.lerp(state["momentum"], group["momentum"])  # Nesterov: where the next step will be
+            updates = orthogonalize(ahead, self.dtype).flatten(0, 1).split([len(weight) for weight in weights])
             # A tall matrix has more rows than directions to move in, so each row gets less: make up for it.
-            rows, columns = matrices[0].shape
-            length = group["lr"] * max(1, rows / columns) ** 0.5
-            for matrix, update in zip(matrices, orthogonalize(ahead, self.dtype)):
-                matrix.mul_(1 - group["lr"] * group["weight_decay"])  # apart from the gradient, as in AdamW
-                matrix.add_(update, alpha=-length)
+            length = group["lr"] * max(1, rows / gradients.shape[2]) ** 0.5
+            for weight, update in zip(weights, updates):
+                weight.mul_(1 - group["lr"] * group["weight_decay"])  # apart from the gradient, as in AdamW
+                weight.add_(update, alpha=-length)
 
 
 def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -368,14 +374,12 @@ class Optimizer:
     """
 
     def __init__(self, model: GPTLanguageModel, settings: Namespace):
-        matrices = [weight for weight in model.parameters() if weight.dim() == 2]
-        vectors = [weight for weight in model.parameters() if weight.dim() == 1]
-        self.parameters = matrices + vectors
         for_muon = {*model.blocks.parameters()} if settings.optimizer == "muon" else set()
-        for_adamw = [matrix for matrix in matrices if matrix not in for_muon]
+        matrices = [weight for weight in model.parameters() if weight.dim() == 2 and weight not in for_muon]
+        vectors = [weight for weight in model.parameters() if weight.dim() == 1]
         decay = settings.weight_decay
         adamw = torch.optim.AdamW(
-            [{"params": for_adamw, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}],
+            [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}],
             # With the usual beta1 of 0.9, the loss ends 0.01 nats higher.
             betas=(0.8, adamw_beta2(settings.batch_size * settings.block_size)),
             fused=True,  # one operation for all weights, not several for each
@@ -384,9 +388,11 @@ class Optimizer:
         if for_muon:
             # Muon is exact enough in bfloat16, but the largest number of float16 is too small for it.
             dtype = torch.bfloat16 if settings.dtype == torch.bfloat16 else torch.float32
-            muon = Muon([matrix for matrix in matrices if matrix in for_muon], decay, dtype)
+            muon = Muon(model.blocks, decay, dtype)
             # Muon's rate says how far a matrix turns; what AdamW moves beside it needs a smaller one.
             self.rate_shares = {muon: 1.0, adamw: ADAMW_SHARE_BESIDE_MUON}
+        groups = [group for part in self.rate_shares for group in part.param_groups]
+        self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.scaler = torch.amp.GradScaler(settings.device.type, enabled=settings.dtype == torch.float16)
 
     def step(self, learning_rate: float, grad_clip: float) -> None:
@@ -497,7 +503,8 @@ def describe(run: Run) -> str:
     """Return what is trained, and on what."""
     settings = run.settings
     parameters = sum(weight.numel() for weight in run.model.parameters())
-    where = f"{WORLD_SIZE} processes" if WORLD_SIZE > 1 else f"{torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    where = f"{WORLD_SIZE} processes" if WORLD_SIZE > 1 else f"{threads} thread{'s' if threads > 1 else ''}"
     return f"""\
 device      {settings.device}, {where}, {str(settings.dtype).removeprefix("torch.")}
 model       {parameters:,} parameters, {len(run.vocabulary):,} characters
