@@ -400,7 +400,6 @@ def main() -> None:
     machine = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"{machine}, torch {torch.__version__}, Python {sys.version.split()[0]}\n")
     print("| work | this | reference | ratio reference/this | |\n|---|---|---|---|---|")
-    torch.manual_seed(1)
     with tempfile.TemporaryDirectory() as folder:
         provide_text(Path(folder), args.data_dir)
         for measure in ROWS[args.only] if args.only else QUICK:

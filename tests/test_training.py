@@ -191,27 +191,29 @@ def test_only_matrices_are_decayed(optimizer):
         assert (parameter.norm() < before[name].norm()) if parameter.dim() == 2 else parameter.equal(before[name]), name
 
 
-def test_muon_equals_torchs(monkeypatch):
+def test_muon_equals_torchs_on_the_joined_heads_of_a_layer(monkeypatch):
     """Three steps with the polynomials of torch, in float32; torch itself works in bfloat16, hence the tolerance."""
     dtypes, baddbmm = set(), torch.baddbmm
     monkeypatch.setattr(training, "POLYNOMIALS", ((3.4445, -4.7750, 2.0315),) * 5)
     monkeypatch.setattr(torch, "baddbmm", lambda *args, **more: dtypes.add(args[1].dtype) or baddbmm(*args, **more))
     model = GPTLanguageModel(7, n_embd=16, n_head=2, n_layer=2, block_size=4)
-    ours = [weight for weight in model.blocks.parameters() if weight.dim() == 2]
-    copies = [torch.nn.Parameter(weight.detach().clone()) for weight in ours]
-    theirs = torch.optim.Muon(copies, weight_decay=0.1, lr=0.01)
+    first, second = model.blocks
+    matrices = [[head.value.weight for head in second.sa.heads], [first.sa.proj.weight]]
+    matrices += [[second.ffwd.net[0].weight], [first.ffwd.net[2].weight]]
+    joined = [torch.nn.Parameter(torch.cat(parts).detach().clone()) for parts in matrices]
+    theirs = torch.optim.Muon(joined, weight_decay=0.1, lr=0.01)
     optimizer = training.Optimizer(model, args("-optimizer", "muon", "-weight_decay", 0.1, "-dtype", "float32"))
     for _ in range(3):
         for parameter in model.parameters():
             parameter.grad = torch.randn_like(parameter)
-        for weight, copy in zip(ours, copies):
-            copy.grad = weight.grad.clone()
+        for whole, parts in zip(joined, matrices):
+            whole.grad = torch.cat([part.grad for part in parts])
         optimizer.step(0.01, 0.0)
         assert dtypes == {torch.float32}
         theirs.step()
         dtypes.clear()
-    for weight, copy in zip(ours, copies):
-        torch.testing.assert_close(weight, copy, atol=2e-3, rtol=0)  # of updates of up to 3e-2
+    for whole, parts in zip(joined, matrices):
+        torch.testing.assert_close(torch.cat(parts), whole, atol=2e-3, rtol=0)  # of updates of up to 3e-2
 
 
 @pytest.mark.parametrize("step", [0, 9, 199, 99_999])
