@@ -679,9 +679,10 @@ class Interruption:
         self.signal = 0  # by any process, once all have agreed on it
 
     def __enter__(self) -> Interruption:
-        numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-        # A run that nohup started ignores SIGHUP, and goes on when the terminal is closed.
-        numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        # Windows has no SIGHUP. A run that nohup started ignores it, and goes on when the terminal is closed.
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
         self.handlers = {number: signal.signal(number, self.on_signal) for number in numbers}
         return self
 
