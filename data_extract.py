@@ -138,7 +138,7 @@ def find_archives(data_dir: Path) -> tuple[list[Archive], Counter[str]]:
 
 
 def reason_in_name(name: str) -> str:
-    """Return why a file or a member of a tar with this name is no part of the corpus, or ""."""
+    """Return why a file or a member of a tar with this name is not part of the corpus, or ""."""
     if HIDDEN.search(name):  # editors and macOS (`._name`) leave hidden files beside the text
         return "passed over (hidden)"
     if name.rpartition("/")[2].lower() in NEVER_CORPUS:
@@ -342,7 +342,7 @@ def tar_members(stream: BinaryIO) -> Iterator[tuple[str, int, Iterator[bytes]]]:
 
 
 def is_tar_header(block: bytes) -> bool:
-    """Whether a member of a tar begins with this block: told by the check sum in it, not by a name."""
+    """Return whether a member of a tar begins with this block, judged by the check sum in it."""
     digits = block[148:156]
     total = sum(block) - sum(digits) + len(digits) * ord(" ")  # the sum is made with blanks in its own place
     return len(block) == tarfile.BLOCKSIZE and digits.strip(b"\0 ").lstrip(b"0") == b"%o" % total

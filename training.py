@@ -76,7 +76,7 @@ POLYNOMIALS = ((8.138, -22.714, 16.325), (3.965, -2.836, 0.522), (3.524, -2.640,
 ADAMW_AVERAGING_TOKENS = 80_000  # over which AdamW averages the square of a gradient
 AVERAGED_SHARE = 0.05  # of the steps so far, over which weights are averaged
 PLATEAU_EVALUATIONS = 5  # without a better one, after which the run says so
-SOON = 60  # seconds of training that are lost without a word of regret: a run started by mistake displaces nothing
+SOON = 60  # seconds; a run that ends sooner, perhaps started by mistake, displaces no earlier one
 STATE_VERSION = 3  # of the state files; others can't be resumed
 
 
@@ -104,7 +104,7 @@ class Run(NamedTuple):
 def train(run: Run, interruption: Interruption) -> None:
     """Train until the last step, until `-patience` is exhausted or until a signal arrives, and save on the way.
 
-    Raises OSError, and TrainingError once the loss is not a number any more.
+    Raises OSError, and TrainingError once the loss is no longer a number.
     """
     settings, model, optimizer, record = run.settings, run.model, run.optimizer, run.record
     forward = prepare_forward(run)
@@ -157,7 +157,7 @@ def is_finished(record: Record, settings: Namespace) -> bool:
 
 
 def check_loss(loss: float, run: Run) -> float:
-    """Return the loss. Raises TrainingError if it is not a number any more."""
+    """Return the loss. Raises TrainingError if it is no longer a number."""
     if not math.isfinite(loss):
         rate = learning_rate_at(run.record.step - 1, run.settings)
         problem = f"the loss is {loss} after step {run.record.step}, at learning rate {rate:.2g}"
@@ -208,7 +208,7 @@ class Text:
         # The last row: a character has at most 4 bytes, and the first of these may be the end of another character.
         tail = self.bytes[-4 * self.row_length :].decode(errors="ignore")[-self.row_length :]
         if len(tail) < self.row_length:
-            self.row(max(0, self.size - 4 * self.row_length))  # which tells if it is no UTF-8
+            self.row(max(0, self.size - 4 * self.row_length))  # raises an error if this is not UTF-8
             raise TrainingError(
                 f"{path}: holds {len(tail)} characters, -block_size {block_size} takes {self.row_length} or more; "
                 "use a longer text or a smaller block"
@@ -727,8 +727,10 @@ def training_parser() -> Parser:
     flag("block_size", type=positive, default=128, help="characters that the model sees at once")
     flag("max_iters", type=positive, default=550, help="optimizer steps")
     flag("optimizer", choices=tuple(LEARNING_RATES), default="adamw", help="muon learns more per step, for the blocks")
-    flag("learning_rate", type=real, help=f"highest rate, after the warm-up (default: at most {LEARNING_RATES})")
-    flag("min_lr", type=real, help=f"rate at the last step (default: share of the highest, {MIN_LR_SHARES})")
+    rates = ", ".join(f"{rate} with {name}" for name, rate in LEARNING_RATES.items())
+    flag("learning_rate", type=real, help=f"highest rate, after the warm-up (default: at most {rates})")
+    shares = ", ".join(f"{share} of the highest with {name}" for name, share in MIN_LR_SHARES.items())
+    flag("min_lr", type=real, help=f"rate at the last step (default: {shares})")
     flag("warmup_iters", type=integer, help="steps of rising rate (default: 150, at most a third of -max_iters)")
     flag("weight_decay", type=real, default=0.1, help="weight decay, on matrices only")
     flag("grad_clip", type=real, default=1.0, help="longest gradient (norm over all weights); 0: any")
