@@ -15,6 +15,7 @@ Beside the best model a run keeps `model-01.state.pkl`, from which `-resume` goe
 from __future__ import annotations
 
 import copy
+import glob
 import importlib.util
 import math
 import mmap
@@ -585,6 +586,13 @@ class Files:
         status = self.state.stat() if self.state.exists() else None
         return status and (status.st_mtime_ns, status.st_size)
 
+    def remove_litter(self) -> None:
+        """Remove what an earlier run was writing when it was killed."""
+        for path in (self.state, self.metrics, self.model):
+            target = Path(os.path.realpath(path))
+            for litter in target.parent.glob(f"{glob.escape(target.name)}.*.tmp"):
+                litter.unlink(missing_ok=True)
+
     def claim(self) -> None:
         """Rename the files of an earlier run: model-01.pkl to model-01.old.pkl, and so on; of a link, its target.
 
@@ -917,6 +925,7 @@ def run_training(settings: Namespace, start: Start | None) -> int:
     val_text = Text(settings.data_dir / "output_val.txt", vocabulary, settings.block_size)
     optimizer, record, files = Optimizer(model, settings), Record(), Files(settings.model)
     run = Run(settings, model, copy.deepcopy(model), vocabulary, train_text, val_text, optimizer, record, files)
+    files.remove_litter()
     show(describe(run))
     if start and start.state:
         restore(run, start.state)

@@ -113,6 +113,12 @@ def test_two_processes_that_write_one_file_leave_a_whole_one(tmp_path, monkeypat
     assert read_folder(tmp_path) == {"file": b"the first"}
 
 
+def test_what_a_killed_run_has_left_is_removed(tmp_path, run_here):
+    put(tmp_path, {f"{name}.1234.tmp": b"litter" for name in FORMER} | {"model-01.b.pkl.1234.tmp": b"of another model"})
+    assert run_here("training.py", *TINY, "-max_iters=2").returncode == 0
+    assert [path.name for path in tmp_path.glob("*.tmp")] == ["model-01.b.pkl.1234.tmp"]
+
+
 @posix
 def test_what_a_symbolic_link_leads_to_is_replaced_and_the_link_stays(tmp_path):
     put(tmp_path, {"disk/target.pkl": b"old"})
