@@ -283,7 +283,7 @@ def learning(folder: Path) -> None:
             f"{max_iters} steps, {ours:.1f} s",
             "2000 steps",
             "",
-            f"ends at {loss:.4f}",
+            f"{loss:.4f}",
         )
 
 
