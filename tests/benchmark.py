@@ -278,13 +278,7 @@ def learning(folder: Path) -> None:
             loss, ours = learn(folder, optimizer, max_iters)
             if loss <= TARGET:
                 break
-        row(
-            f"loss {TARGET}, small shape, {optimizer}",
-            f"{max_iters} steps, {ours:.1f} s",
-            "2000 steps",
-            "",
-            f"{loss:.4f}",
-        )
+        row(f"loss {TARGET}, small shape, {optimizer}", f"{max_iters} steps, {ours:.1f} s", "2000 steps", "")
 
 
 # Generating ----------------------------------------------------------------------------------------------------------
