@@ -36,7 +36,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TextIO
+from typing import BinaryIO, NamedTuple, NoReturn, TextIO
 
 import numpy as np
 from tqdm import tqdm
@@ -88,10 +88,14 @@ def name_file_in_errors(path: Path | str) -> Iterator[None]:
         raise OSError(error.errno, error.strerror or str(error), error.filename or str(path)) from error
 
 
+def escape(line: str) -> str:
+    """Return the line with control characters as `ascii` writes them. A terminal obeys them, also in a file's name."""
+    return re.sub(r"[\x00-\x08\n-\x1f\x7f-\x9f]", lambda found: ascii(found[0])[1:-1], line)
+
+
 def show(line: str, stream: TextIO) -> None:
-    """Print one line, whatever the names of files in it hold: on a terminal, control characters are escaped."""
-    control = r"[\x00-\x08\n-\x1f\x7f-\x9f]" if stream.isatty() else r"\n"
-    print(re.sub(control, lambda found: ascii(found[0])[1:-1], line), file=stream, flush=True)
+    """Print one line, even if a file's name in it holds a line end: escaped on a terminal, elsewhere as it is."""
+    print(escape(line) if stream.isatty() else line.replace("\n", r"\n"), file=stream, flush=True)
 
 
 # Finding archives ----------------------------------------------------------------------------------------------------
@@ -584,9 +588,14 @@ def write_sample(folder: Path) -> None:
 # The command ---------------------------------------------------------------------------------------------------------
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(escape(message))
+
+
 def parse_args(arguments: list[str]) -> argparse.Namespace:
     about = "Turn archives of text into output_train.txt, output_val.txt and vocab.txt."
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=about, allow_abbrev=False)
+    parser = Parser(usage=argparse.SUPPRESS, description=about, allow_abbrev=False)
     parser.formatter_class = argparse.MetavarTypeHelpFormatter  # "-seed int"
     parser.add_argument("-help", action="help", help=argparse.SUPPRESS)  # else it would be -h with a value, "elp"
 
