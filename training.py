@@ -228,9 +228,10 @@ class Text:
         return [self.size, checksum]
 
     def draw(self, count: int, key: list[int]) -> list[str]:
-        """Return `count` rows from anywhere in the text; `key` alone decides which."""
+        """Return this process's share of `count` rows from anywhere in the text; `key` alone decides which."""
+        # Every process draws all places, so that the same rows are seen whatever the number of processes.
         places = np.random.default_rng(key).integers(0, self.last_start, count, endpoint=True)
-        return [self.row(place) for place in places.tolist()]
+        return [self.row(place) for place in places.tolist()[RANK::WORLD_SIZE]]
 
     def from_the_start(self) -> Iterator[str]:
         """Yield rows that begin with the last character of the row before, so that each is predicted once."""
@@ -271,9 +272,7 @@ def get_batch(text: Text, step: int, settings: Namespace) -> tuple[torch.Tensor,
 
     Seed and step alone decide which rows these are. Each process takes its share of them, B = batch_size / processes.
     """
-    # All processes draw all rows, which costs nothing, so that the same rows are seen whatever their number.
-    rows = text.draw(settings.batch_size, [settings.seed, step, TRAIN_ROWS])
-    ids = text.encode(rows[RANK::WORLD_SIZE])
+    ids = text.encode(text.draw(settings.batch_size, [settings.seed, step, TRAIN_ROWS]))
     if settings.device.type == "cuda":  # which copies from pinned memory while it computes
         ids = ids.pin_memory().to(settings.device, non_blocking=True)
     else:
@@ -438,8 +437,7 @@ def draw_rows(text: Text, settings: Namespace) -> Iterator[list[str]]:
 
     They depend on no flag that -resume may change, so that "best" always compares losses on the same rows.
     """
-    rows = text.draw(settings.eval_iters * settings.batch_size, [settings.seed, 0, EVAL_ROWS])
-    return in_batches(rows[RANK::WORLD_SIZE], settings)
+    return in_batches(text.draw(settings.eval_iters * settings.batch_size, [settings.seed, 0, EVAL_ROWS]), settings)
 
 
 def in_batches(rows: Iterable[str], settings: Namespace) -> Iterator[list[str]]:
