@@ -111,7 +111,8 @@ def show_surprises(completion: str, bits: list[float], prompt_length: int) -> No
     # IDLE says that it is a terminal, but shows the codes of colours as they are; it has no TextIOWrapper.
     is_terminal = isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.isatty()
     if is_terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
-        os.system("")  # lets a Windows console show colours
+        if os.name == "nt":
+            os.system("")  # lets a Windows console show colours
         print(escape(completion[0]), end="")
         for character, surprise in zip(completion[1:], bits):
             colour = next(colour for limit, colour in COLOURS.items() if surprise <= limit)
