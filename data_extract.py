@@ -6,9 +6,6 @@ OpenWebText's `.xz` files are tars of documents inside; reading them as text wou
 every archive is opened by what it contains, and other data than text never becomes corpus in silence. Worker
 processes unpack archives side by side, each into a file of its own that is then appended to the output, so that
 neither memory nor temporary files grow with the corpus.
-
-A `.txt` is a text of its own and ends with a newline. `.xz` files of plain text are shards of one text and are joined
-as they are. Each document of a tar is followed by a blank line.
 """
 
 import argparse
@@ -26,7 +23,6 @@ import sys
 import tarfile
 import tempfile
 import threading
-import time
 import unicodedata
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
@@ -36,15 +32,10 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, NoReturn, TextIO
+from typing import BinaryIO, NamedTuple, TextIO
 
 import numpy as np
 from tqdm import tqdm
-
-if os.name == "nt":
-    import msvcrt
-else:
-    import fcntl
 
 DEFAULT_DATA_DIR = "openwebtext"
 OUTPUT_NAMES = ("output_train.txt", "output_val.txt", "vocab.txt")
@@ -56,14 +47,14 @@ FEW = 10  # fewer archives are too coarse to share out: their text is cut
 READ_SIZE = 64 << 10  # bytes unpacked at once, few enough to stay in a core's cache
 CHUNK = 2 << 20  # bytes of text handled at once
 MOST_WORKERS = 16
-AHEAD = 4  # archives per worker that may be unpacked before it is their turn to be written
-END_MARK = bytes(tarfile.BLOCKSIZE)  # NULs end a tar
+AHEAD = 4  # archives per worker whose texts may wait for their turn: without a limit they could fill the disk
 REPLACEMENT = "\ufffd"
 HEAD = 8000  # bytes at the beginning of a text that hold no NUL, as git and grep have it
 MOST_INVALID = 0.2  # of the characters of a text; Chinese in GBK has 0.69, French in Windows-1252 has 0.04
 SHARE = "{:.0f} % of its characters are not UTF-8 (NULs included)"
 DOUBTFUL = 0.01  # an archive with a larger share is named in the summary
 PAX_FIELD = re.compile(rb"^\d+ (path|size|GNU\.sparse)(?:\.\w+)?=(.*)$", re.MULTILINE)
+codecs.register_error("NUL", lambda error: ("\0", error.end))  # counts invalid sequences and NULs as one
 COMMON = b"\n\t" + bytes(range(32, 127))  # most of most texts
 
 
@@ -88,14 +79,9 @@ def name_file_in_errors(path: Path | str) -> Iterator[None]:
         raise OSError(error.errno, error.strerror or str(error), error.filename or str(path)) from error
 
 
-def escape(line: str) -> str:
-    """Return the line with control characters as `ascii` writes them. A terminal obeys them, also in a file's name."""
-    return re.sub(r"[\x00-\x08\n-\x1f\x7f-\x9f]", lambda found: ascii(found[0])[1:-1], line)
-
-
 def show(line: str, stream: TextIO) -> None:
-    """Print one line, even if a file's name in it holds a line end: escaped on a terminal, elsewhere as it is."""
-    print(escape(line) if stream.isatty() else line.replace("\n", r"\n"), file=stream, flush=True)
+    """Print one line, with control characters in the names of files as `ascii` writes them: a terminal obeys them."""
+    print(re.sub(r"[\x00-\x08\n-\x1f\x7f-\x9f]", lambda found: ascii(found[0])[1:-1], line), file=stream, flush=True)
 
 
 # Finding archives ----------------------------------------------------------------------------------------------------
@@ -109,21 +95,15 @@ class Archive(NamedTuple):
     start: int
     size: int
 
-    @property
-    def ending(self) -> str:
-        return os.path.splitext(self.name)[1].lower()
-
 
 def find_archives(data_dir: Path) -> tuple[list[Archive], Counter[str]]:
     """Return all archives below `data_dir`, and how many files, folders and members of outer tars are passed over.
 
     Archives are sorted by their own file name, then by path. The `.xz` members of a `.tar` are archives of their own,
-    so a corpus comes out in the same order whether its outer tars are unpacked or not. Raises DataError for a folder
-    without any.
+    so a corpus comes out in the same order whether its outer tars are unpacked or not. Raises DataError for none.
     """
     archives, passed_over = [], Counter()
-    seen = {os.path.realpath(data_dir)}
-    folders = [data_dir]
+    folders, seen = [data_dir], {os.path.realpath(data_dir)}
     for folder in folders:  # it grows meanwhile
         # Sorted, so that of two links to one file the same one is followed on every system.
         for path in [folder / name for name in sorted(os.listdir(folder))]:
@@ -134,7 +114,7 @@ def find_archives(data_dir: Path) -> tuple[list[Archive], Counter[str]]:
                 folders.append(path)
             else:
                 archive = Archive(path.relative_to(data_dir).as_posix(), path, 0, path.stat().st_size)
-                archives += archives_in_tar(archive, passed_over) if archive.ending == ".tar" else [archive]
+                archives += archives_in_tar(archive, passed_over) if path.suffix.lower() == ".tar" else [archive]
     if not archives:
         problem = f"{data_dir}: holds no .tar, .xz or .txt file; put your archives or texts there"
         raise DataError("; ".join([problem, *(f"{reason}: {count:,}" for reason, count in passed_over.items())]))
@@ -154,8 +134,6 @@ def reason_in_kind(path: Path, seen: set[str]) -> str:
     """Return why a file or folder can't be read or has been `seen`, or "", and add its real path to those `seen`."""
     if not path.is_dir() and path.suffix.lower() not in {".tar", ".xz", ".txt"}:
         return f"passed over (not .tar, .xz or .txt; {ELSEWHERE})"
-    if not path.is_dir() and not path.is_file():
-        return "passed over (a link that leads nowhere, or no file)"
     real_path = os.path.realpath(path)
     if real_path in seen:  # so links to one folder neither double the corpus nor lead round in circles
         return "passed over (a link to what is read anyway)"
@@ -165,17 +143,15 @@ def reason_in_kind(path: Path, seen: set[str]) -> str:
 
 def archives_in_tar(outer: Archive, passed_over: Counter[str]) -> list[Archive]:
     """Return the `.xz` members of a tar, and the tar itself if it holds documents too, is empty or is damaged."""
-    archives = []
-    is_read_itself = False
+    archives, is_read_itself = [], False
     with name_file_in_errors(outer.path), open(outer.path, "rb") as file:
         try:
             for name, size, blocks in tar_members(file):
-                archive = Archive(f"{outer.name}/{name}", outer.path, file.tell(), size)
                 reason = reason_in_name(name)
                 if reason:
                     passed_over[reason] += 1
-                elif archive.ending == ".xz":
-                    archives.append(archive)
+                elif name.lower().endswith(".xz"):
+                    archives.append(Archive(f"{outer.name}/{name}", outer.path, file.tell(), size))
                 else:
                     is_read_itself = True
                 blocks.close()  # not to be read: a tar has gigabytes, and a damaged one may name any size
@@ -187,12 +163,9 @@ def archives_in_tar(outer: Archive, passed_over: Counter[str]) -> list[Archive]:
 
 def take_sample(archives: list[Archive], rate: float, seed: int) -> list[Archive]:
     """Return a reproducible share of the archives, in their order; a higher rate adds to what a lower one takes."""
-    generator = random.Random(seed)
-    # Every archive draws a rank, whatever the rate: that is why a higher rate keeps what a lower one took.
-    ranks = [generator.random() for _ in archives]
-    count = max(1, round(rate * len(archives)))
-    last = sorted(ranks)[count - 1]
-    return [archive for archive, rank in zip(archives, ranks) if rank <= last]
+    order = list(range(len(archives)))
+    random.Random(seed).shuffle(order)
+    return [archives[i] for i in sorted(order[: max(1, round(rate * len(archives)))])]
 
 
 # Reading one archive -------------------------------------------------------------------------------------------------
@@ -214,18 +187,15 @@ class Window:
 
 def read_archive(archive: Archive, counts: Counter[str]) -> Iterator[str]:
     """Yield an archive's text in bounded pieces, and count documents and invalid characters. Raises Damaged."""
-    is_xz = archive.ending == ".xz"
+    ending = os.path.splitext(archive.name)[1].lower()
+    is_xz = ending == ".xz"
     with name_file_in_errors(archive.path), open(archive.path, "rb") as file:
         file.seek(archive.start)
         packed = Window(file, archive.size)
-        stream = file
-        if is_xz:
-            stream = io.BufferedReader(lzma.open(packed, format=lzma.FORMAT_XZ), READ_SIZE)  # noqa: SIM115
+        stream = io.BufferedReader(lzma.open(packed, format=lzma.FORMAT_XZ), READ_SIZE) if is_xz else file  # noqa: SIM115
         try:
-            head = stream.peek(tarfile.BLOCKSIZE)[: tarfile.BLOCKSIZE]
-            # An empty tar is nothing but NULs. A .txt that begins with NULs is rather a damaged text.
-            is_tar = archive.ending == ".tar" or is_tar_header(head) or (is_xz and head == END_MARK)
-            yield from (read_tar if is_tar else read_plain)(archive.ending, stream, counts)
+            is_tar = ending == ".tar" or is_tar_header(stream.peek(tarfile.BLOCKSIZE)[: tarfile.BLOCKSIZE])
+            yield from (read_tar if is_tar else read_plain)(ending, stream, counts)
         except (EOFError, lzma.LZMAError) as error:
             raise Damaged(f"it is not a sound .xz file ({error})") from None
         if is_xz and not packed.is_read:  # the lzma module stops in silence where no further .xz data follows
@@ -233,7 +203,7 @@ def read_archive(archive: Archive, counts: Counter[str]) -> Iterator[str]:
 
 
 def read_plain(ending: str, stream: BinaryIO, counts: Counter[str]) -> Iterator[str]:
-    """Yield a plain text in pieces. Raises NotText."""
+    """Yield a plain text in pieces. `.xz` are shards of one text, a `.txt` ends with a newline. Raises NotText."""
     last = "\n"
     for text in decode(iter(partial(stream.read, CHUNK), b""), counts, judge_at_end=True):
         yield text
@@ -244,15 +214,13 @@ def read_plain(ending: str, stream: BinaryIO, counts: Counter[str]) -> Iterator[
 
 
 def read_tar(ending: str, stream: BinaryIO, counts: Counter[str]) -> Iterator[str]:
-    """Yield the documents of a tar. Raises Damaged, also if it holds an archive that can't be opened in place."""
+    """Yield the documents of a tar, and pass over what is no text, such as another archive. Raises Damaged."""
     for name, _, blocks in tar_members(stream):
         reason = reason_in_name(name)
         if ending == ".tar" and (reason or name.lower().endswith(".xz")):
             continue  # archives_in_tar has counted or listed it
         if reason:
             counts[reason] += 1
-        elif name.lower().endswith((".xz", ".tar")):
-            raise Damaged(f"it holds another archive, {name!r} (unpack the outer one with tar -xf)")
         else:
             try:
                 yield from read_document(blocks, counts)
@@ -279,8 +247,8 @@ def read_document(blocks: Iterator[bytes], counts: Counter[str]) -> Iterator[str
 def decode(blocks: Iterator[bytes], counts: Counter[str], judge_at_end: bool) -> Iterator[str]:
     r"""Yield a text in pieces, with `\n` line ends. Blocks of CHUNK bytes come in, of which only the last is shorter.
 
-    NULs and invalid bytes become U+FFFD and are counted. Raises NotText if they are too many in all of the text, or in
-    the first piece of a document: when the next one is read, the first has been written.
+    NULs and invalid sequences become U+FFFD and are counted. Raises NotText if they are too many in all of the text, or
+    in the first piece of a document: when the next one is read, the first has been written.
     """
     first = next(blocks, b"")
     if len(first) < CHUNK and b"\r" not in first and b"\0" not in first and not first.startswith(codecs.BOM_UTF8):
@@ -291,14 +259,7 @@ def decode(blocks: Iterator[bytes], counts: Counter[str], judge_at_end: bool) ->
     if b"\0" in first[:HEAD] and not is_utf16:
         raise NotText(f"it is not text: a NUL is among its first {HEAD:,} bytes ({ELSEWHERE})")
     characters = invalid = 0
-
-    def replace_invalid(error: UnicodeDecodeError) -> tuple[str, int]:  # like Python's own "replace", but counted
-        nonlocal invalid
-        invalid += 1
-        return REPLACEMENT, error.end
-
-    codecs.register_error("count", replace_invalid)
-    decoder = codecs.getincrementaldecoder("utf-16" if is_utf16 else "utf-8-sig")("count")
+    decoder = codecs.getincrementaldecoder("utf-16" if is_utf16 else "utf-8-sig")("NUL")
     lines = io.IncrementalNewlineDecoder(decoder, translate=True)
     for block in chain([first], blocks, [b""]):
         text = lines.decode(block, final=not block)
@@ -320,7 +281,7 @@ def tar_members(stream: BinaryIO) -> Iterator[tuple[str, int, Iterator[bytes]]]:
     is_ended = False
     extended = {}  # what extra headers say of the next member
     while header := stream.read(tarfile.BLOCKSIZE):
-        is_ended = END_MARK.startswith(header)
+        is_ended = not header.strip(b"\0")  # NULs end a tar
         if is_ended:
             continue
         if not is_tar_header(header):
@@ -361,13 +322,11 @@ def parse_header(header: bytes, extended: dict[bytes, bytes]) -> tuple[str, int]
     is_binary = digits[0] & 0x80  # as GNU tar has it from 8 GB on
     try:
         size = int.from_bytes(digits[1:], "big") if is_binary else int(digits.rstrip(b"\0 ") or b"0", 8)
-        size = int(extended.get(b"size", size))
+        size = max(0, int(extended.get(b"size", size)))  # a negative one would lead back
     except ValueError:
-        size = -1
+        raise Damaged("the tar in it is damaged") from None
     if header[156:157] in b"123456":  # links, devices and folders have no content, whatever size they name
         size = 0
-    if size < 0:
-        raise Damaged("the tar in it is damaged")
     return extended.get(b"path", path).rstrip(b"\0").decode("utf-8", "replace"), size
 
 
@@ -440,8 +399,7 @@ def extract(archives: list[Archive], passed_over: Counter, folder: Path, skip: b
     train, val, seen, notes = Counter(), Counter(), Counter(), []
     is_cut = len(archives) < FEW
     first_val = len(archives) if is_cut else int(TRAIN_SHARE * len(archives))
-    total = sum(archive.size for archive in archives)
-    bar = tqdm(desc="extracting", total=total, unit="B", unit_scale=True, dynamic_ncols=True, disable=None)
+    bar = tqdm(total=sum(archive.size for archive in archives), unit="B", unit_scale=True, disable=None)
     with outputs_in(folder) as temporary, bar:
         train_path, val_path, vocab_path = (temporary / name for name in OUTPUT_NAMES)
         for index, (counts, found, damage) in enumerate(extract_all(archives, temporary)):
@@ -469,8 +427,7 @@ def extract(archives: list[Archive], passed_over: Counter, folder: Path, skip: b
         notes += [f"{what}: {count:,}" for what, count in counts.items() if what.startswith("passed over")]
         if not train["characters"] or not val["characters"]:
             raise DataError("; ".join(["too little text: training and validation both need some; add more", *notes]))
-        # ASCII characters are few, and never rare.
-        rare = {c for c, count in seen.items() if count < min_count and not c.isascii() and c != REPLACEMENT}
+        rare = {c for c, count in seen.items() if count < min_count and not c.isascii()}  # ASCII is never rare
         kept = seen.keys() - rare | ({REPLACEMENT} if rare else set())  # as which the rare ones are read
         with name_file_in_errors(vocab_path), open(vocab_path, "w", encoding="utf-8", newline="") as file:
             file.writelines(f"{character}\n" for character in sorted(kept))
@@ -479,8 +436,6 @@ def extract(archives: list[Archive], passed_over: Counter, folder: Path, skip: b
             documents = f"of {counts['documents']:,}" if is_cut else f"{text['documents']:,}"
             lines.append(f"{name:10} {documents:>12} {text['characters']:16,} {path.stat().st_size / 1e6:12,.2f}")
     lines.append(f"vocabulary: {len(kept):,} characters; invalid sequences replaced by U+FFFD: {counts['invalid']:,}")
-    if rare:
-        lines.append(f"characters left out of the vocabulary, seen fewer than {min_count:,} times: {len(rare):,}")
     return lines + notes
 
 
@@ -495,7 +450,6 @@ def extract_all(archives: list[Archive], parts: Path) -> Iterator[tuple[Counter[
             waiting = deque()
             for index, archive in enumerate(archives):
                 waiting.append(pool.submit(extract_archive, archive, parts / str(index)))
-                # Finished texts wait on the disk for their turn; without a limit they could fill it.
                 if len(waiting) == AHEAD * workers:
                     yield waiting.popleft().result()
             while waiting:
@@ -526,43 +480,38 @@ def outputs_in(folder: Path) -> Iterator[Path]:
 
     Raises DataError if another extraction is at work in the folder.
     """
-    temporary = folder / "data_extract.tmp"
-    with lock(folder / "data_extract.lock.tmp"):
+    temporary, lock_path = folder / "data_extract.tmp", folder / "data_extract.lock.tmp"
+    with open(lock_path, "ab") as file:
+        try:
+            lock(file)
+        except (BlockingIOError, PermissionError):
+            raise DataError(f"{folder}: another extraction is at work there; wait for its end") from None
         try:
             shutil.rmtree(temporary, ignore_errors=True)  # what a killed run has left
             temporary.mkdir()
             yield temporary
             # What is renamed must be on the disk first, or a power cut could leave an empty file under the right name.
             for name in OUTPUT_NAMES:
-                with name_file_in_errors(temporary / name), open(temporary / name, "r+b") as file:
-                    os.fsync(file.fileno())
+                with name_file_in_errors(temporary / name), open(temporary / name, "r+b") as output:
+                    os.fsync(output.fileno())
             for name in OUTPUT_NAMES:
                 os.replace(temporary / name, folder / name)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+            with suppress(PermissionError):  # Windows keeps a file that is open; an empty one does no harm
+                lock_path.unlink()
 
 
-@contextmanager
-def lock(path: Path) -> Iterator[None]:
-    """Hold a lock, of which the system lets go when this process dies. Raises DataError if another process holds it."""
-    with open(path, "ab") as file:
-        try:
-            if os.name == "nt":
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # A run that ended after this file was opened here has removed it: then its name leads to another file.
-            if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                raise FileNotFoundError
-        except (BlockingIOError, PermissionError, FileNotFoundError):
-            raise DataError(f"{path.parent}: another extraction is at work there; wait for its end") from None
-        try:
-            yield
-        finally:
-            if os.name == "nt":
-                file.close()  # Windows removes no open file
-            with suppress(OSError):
-                path.unlink()
+def lock(file: BinaryIO) -> None:
+    """Lock a file until it is closed or this process dies. Raises OSError if another process has locked it."""
+    if os.name == "nt":
+        import msvcrt
+
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 # The built-in sample -------------------------------------------------------------------------------------------------
@@ -588,27 +537,17 @@ def write_sample(folder: Path) -> None:
 # The command ---------------------------------------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        super().error(escape(message))
-
-
 def parse_args(arguments: list[str]) -> argparse.Namespace:
-    about = "Turn archives of text into output_train.txt, output_val.txt and vocab.txt."
-    parser = Parser(usage=argparse.SUPPRESS, description=about, allow_abbrev=False)
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.formatter_class = argparse.MetavarTypeHelpFormatter  # "-seed int"
-    parser.add_argument("-help", action="help", help=argparse.SUPPRESS)  # else it would be -h with a value, "elp"
-
-    def flag(name: str, kind: type, default, help: str) -> None:
-        parser.add_argument(name, type=kind, default=default, help=f"{help} (default: %(default)s)")
-
-    source = f"where the .tar, .xz and .txt files are (default: {DEFAULT_DATA_DIR} if it is there, else a sample)"
-    parser.add_argument("-data_dir", type=Path, help=source)
-    flag("-output_dir", Path, Path("."), "where to write the three files")
-    parser.add_argument("-skip_corrupt", action="store_true", help="leave damaged archives out instead of stopping")
-    flag("-sample_rate", float, 1.0, "share of the archives to use, above 0 and up to 1")
-    flag("-min_count", int, 1, "leave characters seen fewer times than this out of vocab.txt")
-    flag("-seed", int, 1337, "decides which archives -sample_rate takes")
+    flag = parser.add_argument
+    flag("-help", action="help", help=argparse.SUPPRESS)  # else it would be -h with a value, "elp"
+    flag("-data_dir", type=Path, help=f"archives or texts (default: {DEFAULT_DATA_DIR} if it is there, else a sample)")
+    flag("-output_dir", type=Path, default=Path("."), help="where to write the three files (default: %(default)s)")
+    flag("-skip_corrupt", action="store_true", help="leave damaged archives out instead of stopping")
+    flag("-sample_rate", type=float, default=1.0, help="share of the archives to use, up to 1 (default: %(default)s)")
+    flag("-min_count", type=int, default=1, help="leave rarer characters out of vocab.txt (default: %(default)s)")
+    flag("-seed", type=int, default=1337, help="decides which archives -sample_rate takes (default: %(default)s)")
     args = parser.parse_args([re.sub(r"^--(?=\w+(=|$))", "-", argument) for argument in arguments])  # --seed is -seed
     if not 0 < args.sample_rate <= 1:
         parser.error(f"argument -sample_rate: {args.sample_rate} is not above 0 and at most 1")
@@ -618,22 +557,18 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    started = time.perf_counter()
     with tempfile.TemporaryDirectory() as sample:
         data_dir = args.data_dir or Path(DEFAULT_DATA_DIR)
         if not args.data_dir and not data_dir.is_dir():
             show(f"no {DEFAULT_DATA_DIR} folder here: using the built-in sample, the Python reference", sys.stderr)
             data_dir = Path(sample)
             write_sample(data_dir)
-        found, passed_over = find_archives(data_dir)
-        archives = take_sample(found, args.sample_rate, args.seed)
+        archives, passed_over = find_archives(data_dir)
+        archives = take_sample(archives, args.sample_rate, args.seed)
         args.output_dir.mkdir(parents=True, exist_ok=True)
         summary = extract(archives, passed_over, args.output_dir, args.skip_corrupt, args.min_count)
-    if len(archives) < len(found):
-        summary.append(f"-sample_rate took {len(archives):,} of {len(found):,} archives")
-    names = ", ".join(str(args.output_dir / name) for name in OUTPUT_NAMES)
     with name_file_in_errors("standard output"):
-        for line in [*summary, f"wrote {names} in {time.perf_counter() - started:.1f} s"]:
+        for line in [*summary, f"wrote {', '.join(OUTPUT_NAMES)} in {args.output_dir.resolve()}"]:
             show(line, sys.stdout)
 
 
@@ -650,11 +585,10 @@ def main() -> int:
     except DataError as error:
         message = str(error)
     except OSError as error:
-        path = error.filename2 or error.filename
-        if not path:
+        if not error.filename:
             raise  # where it comes from is not known, so better a traceback than a wrong reason
-        message = f"{path}: {error.strerror}"
-        if path == "standard output":
+        message = f"{error.filename2 or error.filename}: {error.strerror}"
+        if error.filename == "standard output":
             sys.stdout = None  # or Python would try to write the rest once more at its end
     except KeyboardInterrupt:
         message, status = "interrupted; nothing was changed", 128 + signal.SIGINT

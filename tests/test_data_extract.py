@@ -103,16 +103,17 @@ def test_hidden_files_outputs_and_other_kinds_are_never_corpus_and_are_counted(r
 
 
 @posix
-def test_links_are_followed_but_nothing_is_read_twice_and_pipes_and_dead_links_are_passed_over(run_script, tmp_path):
+def test_links_are_followed_but_nothing_is_read_twice_and_a_dead_one_is_named(run_script, tmp_path):
     put(tmp_path, {"elsewhere/b.txt": b"second\n", "in/a.txt": b"first\n", "in/sub/c.txt": b"third\n"})
-    links = {"in/one": "../elsewhere", "in/two": "../elsewhere", "in/same.txt": "a.txt", "in/loop.xz": "loop.xz"}
-    links |= {"in/sub/round": "../../in", "in/sub/self": ".", "in/gone.txt": "nowhere", "in/gone.tar": "nowhere"}
+    links = {"in/one": "../elsewhere", "in/two": "../elsewhere", "in/same.txt": "a.txt"}
+    links |= {"in/sub/round": "../../in", "in/sub/self": "."}
     for link, target in links.items():
         (tmp_path / link).symlink_to(target)
-    os.mkfifo(tmp_path / "in/pipe.txt")
     result = run_script(SCRIPT, "-data_dir", "in", timeout=20)
     assert read_three(tmp_path) == three_files(["first\n", "second\n", "third\n"])
-    assert passed_over(result) == ["a link that leads nowhere, or no file): 4", "a link to what is read anyway): 4"]
+    assert passed_over(result) == ["a link to what is read anyway): 4"]
+    (tmp_path / "in/gone.txt").symlink_to("nowhere")
+    assert_fails(run_script(SCRIPT, "-data_dir", "in"), f"in/gone.txt: {os.strerror(errno.ENOENT)}")
 
 
 def test_a_sample_is_the_same_for_every_nesting_and_grows_with_the_rate(run_main, tmp_path):
@@ -120,8 +121,7 @@ def test_a_sample_is_the_same_for_every_nesting_and_grows_with_the_rate(run_main
     runs = [(archives.as_files, 7, 10), (archives.as_outer_tars, 7, 10), (archives.as_files, 8, 10)]
     for packed, seed, count in [*runs, (archives.as_files, 7, 20)]:
         args = ["-data_dir", put(tmp_path / packed.__name__, packed(corpus)), "-output_dir", "out"]
-        result = run_main(SCRIPT, *args, "-sample_rate", count / 40, "-seed", seed)
-        assert f"-sample_rate took {count} of 40 archives\n" in result.stdout
+        assert run_main(SCRIPT, *args, "-sample_rate", count / 40, "-seed", seed).returncode == 0
         files = read_three(tmp_path / "out")
         taken.append([name for name in sorted(corpus) if documents(corpus[name]).encode() in b"".join(files[:2])])
         assert len(taken[-1]) == count
@@ -143,7 +143,7 @@ def test_a_sample_is_the_same_for_every_nesting_and_grows_with_the_rate(run_main
         ({"a.txt": b"one", "b.txt": b"", "c.xz": xz(b""), "d.txt": b"two\n\n\n"}, "one\ntwo\n\n\n"),
         ({"a.tar.xz": xz(TEXT)}, plain(TEXT)),
         ({"a.tar": tar({"b.xz": xz(b"packed"), "c.txt": b"text"})}, "text\n\npacked"),
-        ({"a.tar": tar({}), "b.xz": xz(b"b"), "c.xz": xz(tar({}))}, "b"),
+        ({"a.tar": tar({}), "b.xz": xz(b"b")}, "b"),
         ({"a.xz": xz(TEXT) + xz(b"") + xz(b"more")}, plain(TEXT) + "more"),
         ({"a.xz": xz(tar({"a": TEXT})[:700]) + xz(tar({"a": TEXT})[700:])}, documents([TEXT])),
         ({"a.tar": tar({}) + tar({"1.xz": xz(b"one")}) + tar({"2.xz": xz(b"two")})}, "onetwo"),
@@ -249,8 +249,7 @@ def test_an_unreadable_file_is_reported_in_one_line(run_main, earlier, tmp_path,
 @pytest.mark.parametrize("name", ["a.txt", "a.xz"])
 def test_other_data_under_the_name_of_a_text_is_refused_or_left_out_and_listed(run_main, tmp_path, kind, name):
     put(tmp_path / "in", YES | pack(name, archives.NOT_TEXT[kind]) | {"c.txt": b"yes\n"})
-    # Behind NULs, an .xz is taken for a tar.
-    reason = r"(it is not text: (a NUL is|\d+ % of its characters are not UTF-8)|the tar in it is damaged)"
+    reason = r"it is not text: (a NUL is|\d+ % of its characters are not UTF-8)"
     assert_fails(run_main(SCRIPT, *IN_TO_OUT), f"{name}: {reason}.*, or leave it out with -skip_corrupt")
     assert not list((tmp_path / "out").iterdir())
     result = run_main(SCRIPT, *IN_TO_OUT, "-skip_corrupt")
@@ -260,10 +259,12 @@ def test_other_data_under_the_name_of_a_text_is_refused_or_left_out_and_listed(r
 
 @TAR_NAMES
 def test_members_of_a_tar_that_are_not_text_are_left_out_and_counted(run_main, tmp_path, name):
-    put(tmp_path / "in", pack(name, tar({"0.txt": b"first", **archives.NOT_TEXT, "zz.txt": b"last"})))
+    others = archives.NOT_TEXT | {"1.tar": OUTER}
+    others |= {} if name == "a.tar" else {"1.tar.xz": SHORT, "1.xz": SHORT}  # there they are archives of their own
+    put(tmp_path / "in", pack(name, tar({"0.txt": b"first", **others, "zz.txt": b"last"})))
     result = run_main(SCRIPT, "-data_dir", "in")
     assert read_three(tmp_path) == three_files(["first\n\nlast\n\n"]), result.stderr
-    assert f"passed over (not text): {len(archives.NOT_TEXT)}\n" in result.stdout
+    assert f"passed over (not text): {len(others)}\n" in result.stdout
     assert "replaced by U+FFFD: 0\n" in result.stdout
 
 
@@ -401,8 +402,6 @@ def test_min_count_leaves_rare_characters_out_of_the_vocabulary_only(run_main, t
     assert read_three(tmp_path)[:2] == three_files(texts)[:2]
     assert read_three(tmp_path)[2].decode() == "".join(f"{character}\n" for character in sorted(expected))
     assert f"vocabulary: {len(expected):,} characters; " in result.stdout
-    line = f"characters left out of the vocabulary, seen fewer than {least:,} times: {len(rare):,}\n"
-    assert (line in result.stdout) == bool(rare) == ("fewer than" in result.stdout)
 
 
 def test_a_second_run_that_reads_the_folder_it_writes_to_and_leftovers_give_the_same_files(run_main, tmp_path):
@@ -420,7 +419,8 @@ def test_skip_corrupt_leaves_damaged_archives_out_and_lists_them(run_main, tmp_p
     result = run_main(SCRIPT, "-data_dir", "in", "-output_dir", "out", "-skip_corrupt")
     assert (result.returncode, notices(result.stderr)) == (0, [])
     listed = sorted(re.findall(r"^left out: (.+?): ", result.stdout, re.MULTILINE))
-    assert listed == sorted(["a.tar/1.xz", *(f"down/{name}" for name in archives.DAMAGED)])
+    damaged = [f"down/{name}".replace("\x80", r"\x80") for name in archives.DAMAGED]
+    assert listed == sorted(["a.tar/1.xz", *damaged])
     train, val, vocab = read_three(tmp_path / "out")
     assert (train + val, vocab) == (b"a" * 700 + b"\n\nb\nlast\n", b"\n\na\nb\nl\ns\nt\n")
 
@@ -566,18 +566,16 @@ class Terminal(io.StringIO):
 
 @posix
 @pytest.mark.parametrize("stream", [io.StringIO, Terminal])
-def test_control_characters_in_names_are_escaped_on_a_terminal_only(run_main, tmp_path, stream):
+def test_control_characters_in_names_are_escaped(run_main, tmp_path, stream):
     name = "\x1b]52;c;aGk=\x07\x9b31m\n\ta"
-    put(tmp_path / "in", YES | {f"{name}.xz": b"", "b.tar": tar({f"{name}.tar": OUTER})})
+    put(tmp_path / "in", YES | {f"{name}.xz": b""})
     shown, errors = stream(), stream()
     escaped = r"\x1b]52;c;aGk=\x07\x9b31m\n" + "\ta"
     assert run_main(SCRIPT, *IN_TO_OUT, stderr=errors).returncode == 1
     assert run_main(SCRIPT, "-data_dir", "in", "-output_dir", name, "-skip_corrupt", stdout=shown).returncode == 0
-    piped = name.replace("\n", r"\n")  # which would make two lines of one
     for text in (errors.getvalue(), shown.getvalue()):
-        assert (escaped if stream is Terminal else piped) in text
-        controls = re.findall(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", text.replace("\x1b[A", ""))
-        assert stream is not Terminal or not controls
+        assert escaped in text
+        assert not re.findall(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", text.replace("\x1b[A", ""))
 
 
 def test_a_terminal_shows_a_bar_with_files_and_bytes(run_main, tmp_path):
