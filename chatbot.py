@@ -14,24 +14,13 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
-from model import (
-    REPLACEMENT,
-    GPTLanguageModel,
-    Parser,
-    Vocabulary,
-    bounded,
-    device,
-    escape,
-    explain,
-    load_model,
-    prepare_streams,
-    show,
-)
+from model import GPTLanguageModel, Parser, Vocabulary, bounded, device, explain, load_model, prepare_streams, show
 
 with contextlib.suppress(ImportError):  # not on Windows
     import readline  # noqa: F401  (gives input() arrow keys and a history)
@@ -54,22 +43,14 @@ def ask() -> str:
     return text(prompt.strip("\ufeff\r"))  # Windows may add a byte-order mark and \r to what is piped
 
 
-def name_unknown(text: str, vocabulary: Vocabulary, fate: str) -> None:
-    """Say which characters of a text the model does not know, if any, and what becomes of them."""
-    unknown = sorted(set(text) - set(vocabulary.characters))
-    if unknown:
-        show(f"{fate}, as the model has never seen them: {' '.join(map(repr, unknown))}", sys.stderr)
-
-
 def encode_prompt(prompt: str, vocabulary: Vocabulary) -> list[int]:
     """Return the ids of a prompt; characters that the model does not know become U+FFFD or nothing, with a notice."""
-    # U+FFFD is how training reads characters that the vocabulary lacks, so the model has learnt what goes with one.
-    substitute = REPLACEMENT if REPLACEMENT in vocabulary.ids else ""
-    name_unknown(prompt, vocabulary, "replaced by U+FFFD" if substitute else "left out")
-    known = "".join(character if character in vocabulary.ids else substitute for character in prompt)
-    # The model needs something to go on from: a line end, after which anything may come.
-    start = "\n" if "\n" in vocabulary.ids else vocabulary.characters[0]
-    return vocabulary.encode(known or start)
+    unknown = sorted(set(prompt) - vocabulary.ids.keys())
+    if unknown:
+        fate = "replaced by U+FFFD" if vocabulary.substitute else "left out"
+        show(f"{fate}, as the model has never seen them: {' '.join(map(repr, unknown))}", sys.stderr)
+    known = "".join(vocabulary.substitute if character in unknown else character for character in prompt)
+    return vocabulary.encode(known or vocabulary.characters[0])  # something to go on from, mostly a line end
 
 
 # Answers -------------------------------------------------------------------------------------------------------------
@@ -109,14 +90,14 @@ def surprises(model: GPTLanguageModel, ids: list[int]) -> list[float]:
 def show_surprises(completion: str, bits: list[float], prompt_length: int) -> None:
     """Show each character but the first in the colour of its bits, and the mean of the prompt and of the rest."""
     # IDLE says that it is a terminal, but shows the codes of colours as they are; it has no TextIOWrapper.
-    is_terminal = isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.isatty()
-    if is_terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.isatty():
         if os.name == "nt":
             os.system("")  # lets a Windows console show colours
-        print(escape(completion[0]), end="")
+        show(completion[0], end="")
         for character, surprise in zip(completion[1:], bits):
             colour = next(colour for limit, colour in COLOURS.items() if surprise <= limit)
-            print(f"\033[38;5;{colour}m{escape(character)}", end="")  # "38;5" selects one of 256 colours
+            print(f"\033[38;5;{colour}m", end="")  # "38;5" selects one of 256 colours
+            show(character, end="")
         print("\033[0m")  # none
     else:
         show(completion)
@@ -130,10 +111,9 @@ def answer(prompt: str, model: GPTLanguageModel, vocabulary: Vocabulary, args: N
     """Show the prompt and what the model makes of it, as it is made or, with colours, once it is whole."""
     ids = encode_prompt(prompt, vocabulary)
     index = torch.tensor([ids], device=args.device)
-    options = {"temperature": args.temperature, "top_k": args.top_k, "generator": args.generator}
     for number in range(1, args.batch_size + 1):
         show(f"Completion {number}:" if args.batch_size > 1 else "Completion:")
-        tokens = model.stream(index, args.max_new_tokens, banned_ids=vocabulary.banned_ids, **options)
+        tokens = model.stream(index, args.max_new_tokens, args.temperature, args.top_k, args.generator)
         characters = (vocabulary.decode([token.item()]) for token in tokens)
         if args.stop:
             characters = until(args.stop, characters)
@@ -141,12 +121,9 @@ def answer(prompt: str, model: GPTLanguageModel, vocabulary: Vocabulary, args: N
             completion = vocabulary.decode(ids) + "".join(characters)
             show_surprises(completion, surprises(model, vocabulary.encode(completion)), len(ids))
             continue
-        show(vocabulary.decode(ids), end="")
-        try:
-            for character in characters:
-                show(character, end="")
-        finally:
-            show("")
+        for character in chain(vocabulary.decode(ids), characters):
+            show(character, end="")
+        show("")
 
 
 def chat(model: GPTLanguageModel, vocabulary: Vocabulary, args: Namespace) -> None:
@@ -161,7 +138,7 @@ def chat(model: GPTLanguageModel, vocabulary: Vocabulary, args: Namespace) -> No
         try:
             answer(prompt, model, vocabulary, args)
         except KeyboardInterrupt:
-            show("(stopped)", sys.stderr)
+            show("\n(stopped)", sys.stderr)
 
 
 # The command ---------------------------------------------------------------------------------------------------------
@@ -174,7 +151,7 @@ def parse_args() -> tuple[Namespace, GPTLanguageModel, Vocabulary]:
     flag("model", type=Path, default=Path("model-01.pkl"), help="file of the trained model")
     flag("vocab", type=Path, help="vocab.txt of the model, for a file that holds none, such as the tutorial's")
     flag("prompt", type=text, help=r"answer this prompt and exit; \n in it means a line end")
-    flag("prompt_file", type=Path, help="answer the text in this file and exit; - reads the standard input")
+    flag("prompt_file", type=Path, help="answer the text in this file and exit")
     flag("max_new_tokens", type=positive, default=150, help="characters to add to a prompt")
     flag("stop", type=text, help=r"end a completion before this text; \n in it means a line end")
     flag("temperature", type=bounded(float, 0), default=0.8, help="0: always the likeliest; 1: as learnt; more: wilder")
@@ -185,13 +162,10 @@ def parse_args() -> tuple[Namespace, GPTLanguageModel, Vocabulary]:
     flag("show", action="store_true", help=f"colour characters by the probability that the model gave them: {colours}")
     flag("device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
     args = parser.parse_args()
-    if args.prompt is not None and args.prompt_file is not None:
-        parser.error("argument -prompt_file: goes without -prompt")
     given = Vocabulary.from_file(args.vocab) if args.vocab else None
     model, vocabulary = load_model(args.model, args.device, given)
     if args.top_k and args.top_k > len(vocabulary):
         parser.error(f"argument -top_k: the model knows only {len(vocabulary)} characters")
-    name_unknown(args.stop or "", vocabulary, "-stop can't stop at these")
     args.generator = torch.Generator(args.device)
     args.generator.manual_seed(torch.seed() if args.seed is None else args.seed)
     return args, model, vocabulary
@@ -201,9 +175,7 @@ def main() -> int:
     prepare_streams()
     try:
         args, model, vocabulary = parse_args()
-        if args.prompt_file == Path("-"):
-            args.prompt = sys.stdin.read().removeprefix("\ufeff")
-        elif args.prompt_file is not None:
+        if args.prompt_file:
             args.prompt = args.prompt_file.read_text(encoding="utf-8-sig", errors="replace")
         if args.prompt is None:
             chat(model, vocabulary, args)

@@ -18,22 +18,19 @@ import re
 import sys
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, NoReturn, TextIO
+from typing import BinaryIO, TextIO
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-REPLACEMENT = "\ufffd"  # stands for characters that are rare or invalid in the training text
 MAX_WEIGHT = 1000.0  # larger weights may overflow inside the model; trained weights are about 1
 
 
-def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor, dropout: nn.Module
-) -> torch.Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, dropout: nn.Module) -> Tensor:
     """Return a mean of the values for each query, weighted by how well their keys match it.
 
     Queries (..., T, D), keys and values (..., S, D); `visible` (T, S) is True where a query may look -> (..., T, D).
@@ -61,7 +58,7 @@ class Head(nn.Module):
         self.register_buffer("tril", tril, persistent=False)
         self.dropout = Dropout(dropout)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, D)
 
         In a model, `MultiHeadAttention.forward` runs `attention` for all heads at once instead; the result is the same.
@@ -79,7 +76,7 @@ class MultiHeadAttention(nn.Module):
         self.proj = Linear(num_heads * head_size, n_embd)
         self.dropout = Dropout(dropout)
 
-    def forward(self, x: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
         """(B, T, C) -> (B, T, C)
 
         Equals `dropout(proj(cat([head(x) for head in heads], dim=-1)))`, with all heads in one multiplication.
@@ -100,7 +97,7 @@ class MultiHeadAttention(nn.Module):
         y = y.transpose(1, 2).flatten(2)  # (B, T, H·D): the heads side by side
         return self.dropout(self.proj(y.to(x.dtype)))
 
-    def joined_weight(self) -> torch.Tensor:
+    def joined_weight(self) -> Tensor:
         """Return the weights of all heads' queries, then keys, then values, one below the other: (3·H·D, C)."""
         return torch.cat([getattr(head, name).weight for name in ("query", "key", "value") for head in self.heads])
 
@@ -117,7 +114,7 @@ class FeedForward(nn.Module):
             Dropout(dropout),
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)"""
         return self.net(x)
 
@@ -135,7 +132,7 @@ class Block(nn.Module):
         self.ln1 = nn.LayerNorm(n_embd)
         self.ln2 = nn.LayerNorm(n_embd)
 
-    def forward(self, x: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
         """(B, T, C) -> (B, T, C)"""
         y = self.sa(x, cache)
         x = self.ln1(x + y)
@@ -160,16 +157,10 @@ class GPTLanguageModel(nn.Module):
         dropout: float = 0.2,
     ):
         super().__init__()
-        self.config = {
-            "vocab_size": vocab_size,
-            "n_embd": n_embd,
-            "n_head": n_head,
-            "n_layer": n_layer,
-            "block_size": block_size,
-            "dropout": dropout,
-        }
-        if min(vocab_size, n_embd, n_head, n_layer, block_size) < 1 or n_embd % n_head:
-            raise ValueError(f"sizes must be 1 or more, and n_embd a multiple of n_head, not {self.config}")
+        sizes = dict(vocab_size=vocab_size, n_embd=n_embd, n_head=n_head, n_layer=n_layer, block_size=block_size)
+        if min(sizes.values()) < 1 or n_embd % n_head:
+            raise ValueError(f"sizes must be 1 or more, and n_embd a multiple of n_head, not {sizes}")
+        self.config = {**sizes, "dropout": dropout}
         self.block_size = block_size
         self.token_embedding_table = nn.Embedding(vocab_size, n_embd)
         self.position_embedding_table = nn.Embedding(block_size, n_embd)
@@ -185,9 +176,7 @@ class GPTLanguageModel(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-    def forward(
-        self, index: torch.Tensor, targets: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(self, index: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Token ids (B, T) and those that follow each of them (B, T) -> logits (B, T, V), mean cross-entropy in nats.
 
         Without targets the loss is None. Raises ValueError if there are no time steps or more than `block_size`.
@@ -203,13 +192,8 @@ class GPTLanguageModel(nn.Module):
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-    def prefill(self, index: torch.Tensor) -> tuple[torch.Tensor, list[Cache]]:
-        """Read the beginning of a text, ids (B, T) -> logits (B, V) of the next token, and a cache for each block."""
-        caches = [Cache(block.sa, len(index)) for block in self.blocks]
-        return self.decode(index, caches), caches
-
-    def decode(self, index: torch.Tensor, caches: list[Cache]) -> torch.Tensor:
-        """Read ids (B, T) that follow the text in the caches -> logits (B, V) of the next token.
+    def decode(self, index: Tensor, caches: list[Cache]) -> Tensor:
+        """Read ids (B, T) that follow the text in the blocks' caches -> logits (B, V) of the next token.
 
         Does what `forward` does, for the last time step alone.
         """
@@ -220,24 +204,23 @@ class GPTLanguageModel(nn.Module):
             x = block(x, cache)
         return self.lm_head(self.ln_f(x[:, -1]))
 
-    def generate(self, index: torch.Tensor, max_new_tokens: int, **options) -> torch.Tensor:
+    def generate(self, index: Tensor, max_new_tokens: int, **options) -> Tensor:
         """Append what `stream` yields with these options: token ids (B, T) -> (B, T + max_new_tokens)."""
         return torch.cat([index, *self.stream(index, max_new_tokens, **options)], dim=1)
 
+    @torch.inference_mode()
     def stream(
         self,
-        index: torch.Tensor,
+        index: Tensor,
         max_new_tokens: int,
         temperature: float = 1.0,
         top_k: int | None = None,
         generator: torch.Generator | None = None,
-        banned_ids: Sequence[int] = (),
-    ) -> Iterator[torch.Tensor]:
+    ) -> Iterator[Tensor]:
         """Yield the next token of each sequence (B, 1), `max_new_tokens` times, while the model is in eval mode.
 
         `temperature` divides the logits: below 1 the likely characters get likelier, 0 always takes the likeliest.
-        `top_k` leaves only the k likeliest to choose from; `banned_ids` are never chosen. Raises ValueError for bad
-        arguments or ids.
+        `top_k` leaves only the k likeliest to choose from. Raises ValueError for bad arguments or ids.
 
         While the text fits into `block_size`, the result is the same as with `forward`. A cache can't slide, since each
         position has its own embedding. So a full window starts anew from its second half: the model always sees the
@@ -248,23 +231,14 @@ class GPTLanguageModel(nn.Module):
             raise ValueError(f"the context must be one or more token ids from 0 to {vocab_size - 1}")
         if not temperature >= 0 or (top_k is not None and not 0 < top_k <= vocab_size):
             raise ValueError(f"temperature must be 0 or more and top_k between 1 and {vocab_size}")
-        if not set(banned_ids) < set(range(vocab_size)):
-            raise ValueError(f"banned_ids must be some token ids from 0 to {vocab_size - 1}, not all")
-        banned = torch.tensor(banned_ids, dtype=torch.long, device=index.device)
-        window = index[:, -self.block_size :]  # what the model sees
-        new = caches = None
+        window, caches = index[:, -self.block_size :], None  # what the model sees, and what it remembers
         was_training = self.training
         self.eval()
         try:
             for _ in range(max_new_tokens):
-                with torch.inference_mode():  # 1.05 times as fast as no_grad
-                    if caches is None:
-                        logits, caches = self.prefill(window)
-                    else:
-                        logits = self.decode(new, caches)
-                    logits = logits.index_fill(1, banned, -math.inf)
-                    new = sample(logits, temperature, top_k, generator)
-                new = new.clone()  # an ordinary tensor, which may be trained on
+                if caches is None:  # read the whole window; afterwards only what is new
+                    new, caches = window, [Cache(block.sa, len(window)) for block in self.blocks]
+                new = sample(self.decode(new, caches), temperature, top_k, generator)
                 window = torch.cat([window, new], dim=1)
                 if window.shape[1] > self.block_size:
                     window, caches = window[:, -max(1, self.block_size // 2) :], None
@@ -273,9 +247,7 @@ class GPTLanguageModel(nn.Module):
             self.train(was_training)
 
 
-def sample(
-    logits: torch.Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None
-) -> torch.Tensor:
+def sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
     """Draw a token for each sequence, or take the likeliest: logits (B, V) -> ids (B, 1)."""
     if temperature < 1e-30 or top_k == 1:  # float32 can't divide by less
         return logits.argmax(dim=-1, keepdim=True)
@@ -307,7 +279,7 @@ class Cache:
         self.kv = self.weight.new_empty(shape, dtype=dtype)
         self.length = 0
 
-    def append(self, qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def append(self, qkv: Tensor) -> tuple[Tensor, ...]:
         """Keep keys and values of the next T time steps, which come after the queries in (3, B, H, T, D).
 
         Returns the queries and all S keys and values so far (B, H, S, D), in the dtype of the cache.
@@ -318,9 +290,7 @@ class Cache:
         return qkv[0].to(self.kv.dtype), *self.kv[:, :, :, :S]
 
 
-def fused_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor, dropout: Dropout, is_causal: bool
-) -> torch.Tensor:
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, dropout: Dropout, is_causal: bool) -> Tensor:
     """Do what `attention` spells out, as one operation of torch's where that is faster.
 
     That is on a GPU, and on a CPU in float32 if nothing is dropped: forward and backward took 0.9 (64 time steps) to
@@ -346,7 +316,7 @@ class Dropout(nn.Module):
             raise ValueError(f"dropout must be at least 0 and below 1, not {p}")
         self.p = p
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
         keep = round((1 - self.p) * 256)  # of the 256 values of a byte
@@ -362,11 +332,11 @@ class Dropout(nn.Module):
 class Linear(nn.Linear):
     """torch's own linear layer, with a faster way for a single row."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias: (..., in_features) -> (..., out_features)
 
     On a CPU, torch multiplies a float32 matrix by a single row on one core. Cut into as many pieces as there are cores,
@@ -389,23 +359,18 @@ class ModelFileError(ValueError):
 
 
 class Vocabulary:
-    """The characters a model knows, sorted by code point; a character's token id is its place among them.
-
-    `banned_ids` holds the id of U+FFFD, if that is one of them: a model reads it in place of rare or invalid
-    characters, but never writes it.
-    """
+    """The characters a model knows, sorted by code point; a character's token id is its place among them."""
 
     def __init__(self, characters: str):
         self.characters = "".join(sorted(set(characters)))
         self.ids = {character: i for i, character in enumerate(self.characters)}
-        self.banned_ids = [self.ids[REPLACEMENT]] if REPLACEMENT in self.ids else []
+        self.substitute = "\ufffd" if "\ufffd" in self.ids else ""  # what other characters are read as
 
     @classmethod
     def from_file(cls, path: str | Path) -> Vocabulary:
         """Return the characters in a `vocab.txt`, its line ends included. Raises OSError and ModelFileError."""
         try:
-            # Text mode, as in the tutorial: on Windows, that has written each line end as \r\n.
-            text = Path(path).read_text(encoding="utf-8")
+            text = Path(path).read_text(encoding="utf-8")  # in text mode, since the tutorial's on Windows has \r\n
         except UnicodeDecodeError:
             text = ""
         if not text:
@@ -469,15 +434,14 @@ def load_model(
     Reads what `save_model` writes and the tutorial's models, from `pickle.dump` or `torch.save`: whole, or their
     weights, also in a checkpoint. No code in a file ever runs. Raises OSError and ModelFileError.
     """
+    data = Path(path).read_bytes()
     try:
-        content = read_model_file(path)
+        content = read_model_file(data)
         config = {**content.get("config", {}), **shape_of(content["weights"])}  # of the first, only the dropout counts
         model = GPTLanguageModel(**config)
         model.load_state_dict(content["weights"])  # fails if one is missing, left over or of another shape
         if "vocabulary" in content:
             vocabulary = Vocabulary(content["vocabulary"])
-    except OSError:
-        raise
     except Exception as error:  # whatever a damaged or foreign file may cause
         reason = str(error).rpartition("WeightsUnpickler error:")[2] or type(error).__name__
         reason = escape(" ".join(reason.split()))[:100]
@@ -493,7 +457,7 @@ def load_model(
     return model.to(device).eval(), vocabulary
 
 
-def shape_of(weights: dict[str, torch.Tensor]) -> dict[str, int]:
+def shape_of(weights: dict[str, Tensor]) -> dict[str, int]:
     """Return the constructor's arguments that fit the weights. Raises one of many exceptions for other weights."""
     vocab_size, n_embd = weights["token_embedding_table.weight"].shape
     return {
@@ -512,18 +476,16 @@ def shape_of(weights: dict[str, torch.Tensor]) -> dict[str, int]:
 # from a file runs.
 
 
-def read_model_file(path: str | Path) -> dict:
-    """Return what `save_model` has put into a file; of other files, the weights.
+def read_model_file(data: bytes) -> dict:
+    """Return what `save_model` has put into the file with these bytes; of other files, the weights.
 
-    Raises OSError, and one of many exceptions for files that hold anything else.
+    Raises one of many exceptions for files that hold anything else.
     """
-    data = Path(path).read_bytes()
     if not data.startswith(b"PK"):  # how the zip archives of torch.save begin
         content = DataUnpickler(io.BytesIO(data)).load()
     else:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            if archive.testzip() is not None:  # torch.load ignores the check sums
-                raise ValueError("it is damaged")
+        if zipfile.ZipFile(io.BytesIO(data)).testzip() is not None:  # torch.load ignores the check sums
+            raise ValueError("it is damaged")
         names = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data))
         with torch.serialization.safe_globals([(StandIn, name) for name in names]):
             content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -537,8 +499,6 @@ class StandIn:
     def __init__(self, *_):
         pass
 
-    __setitem__ = append = extend = add = __init__
-
     def __setstate__(self, state) -> None:
         vars(self).update(state if type(state) is dict else {})
 
@@ -551,9 +511,7 @@ class DataUnpickler(pickle.Unpickler):
         # Functions are made anew for each name, since a pickle can set attributes of what it is given.
         known = {
             "collections.OrderedDict": OrderedDict,
-            "torch.storage._load_from_bytes": lambda data: torch.load(
-                io.BytesIO(data), map_location="cpu", weights_only=True
-            ),
+            "torch.storage._load_from_bytes": lambda data: torch.load(io.BytesIO(data), "cpu", weights_only=True),
             "torch._utils._rebuild_tensor_v2": lambda *arguments: torch._utils._rebuild_tensor_v2(*arguments),
             "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
             "_codecs.encode": lambda text, _: text.encode("latin1"),  # bytes in protocols 0 to 2
@@ -561,7 +519,7 @@ class DataUnpickler(pickle.Unpickler):
         return known.get(f"{module}.{name}", StandIn)
 
 
-def find_weights(content) -> dict[str, torch.Tensor]:
+def find_weights(content) -> dict[str, Tensor]:
     """Return the weights in what a file holds, by their names in a GPTLanguageModel. Raises ValueError for others."""
     if isinstance(content, dict):  # a checkpoint holds the weights under one of these names
         names = ("weights", "model", "model_state_dict", "state_dict")
@@ -579,7 +537,7 @@ def find_weights(content) -> dict[str, torch.Tensor]:
     return weights
 
 
-def module_weights(module: StandIn, prefix: str = "") -> dict[str, torch.Tensor]:
+def module_weights(module: StandIn, prefix: str = "") -> dict[str, Tensor]:
     """Return the weights of a whole module by their names. Raises one of many exceptions for anything else."""
     parameters = vars(module).get("_parameters", {})
     weights = {prefix + name: weight for name, weight in parameters.items() if weight is not None}
@@ -606,9 +564,6 @@ class Parser(argparse.ArgumentParser):
             options["metavar"] = options["type"].__name__.upper()  # "-seed INT"
         self.add_argument(f"-{name}", help=help, **options)
 
-    def error(self, message: str) -> NoReturn:
-        super().error(escape(message))
-
     def parse_args(self, arguments: list[str] | None = None, namespace: argparse.Namespace | None = None):
         arguments = sys.argv[1:] if arguments is None else arguments
         # Only whole flags lose a dash: a prompt may begin with two.
@@ -631,17 +586,14 @@ def bounded(kind: type, least: float, below: float = 2**31) -> Callable:
 def device(name: str) -> torch.device:
     """Return the device of this name, with its number, as cuda:0; a type for argparse."""
     try:
-        probe = torch.zeros(1, device=name)
-        probe.item()  # fails for devices that only have shapes, such as "meta"
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).partition("\n")[0]
         raise argparse.ArgumentTypeError(f"{name!r} can't be used here: {reason}") from None
-    return probe.device
 
 
 def prepare_streams() -> None:
     """Let the standard streams replace characters outside their encoding, which is the terminal's."""
-    sys.stdin = sys.stdin or io.StringIO()  # it is None where it was closed, as by `<&-`
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # those of IDLE and Jupyter lack it
             stream.reconfigure(errors="replace")

@@ -41,7 +41,6 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from model import (
-    REPLACEMENT,
     Block,
     GPTLanguageModel,
     ModelFileError,
@@ -216,7 +215,7 @@ class Text:
             )
         self.last_start = self.size - len(tail.encode())
         # Every code point's token id. Characters outside the vocabulary are read as U+FFFD, or are an error (-1).
-        self.ids = np.full(sys.maxunicode + 1, vocabulary.ids.get(REPLACEMENT, -1), dtype=np.int64)
+        self.ids = np.full(sys.maxunicode + 1, vocabulary.ids.get(vocabulary.substitute, -1), dtype=np.int64)
         self.ids[[ord(character) for character in vocabulary.characters]] = np.arange(len(vocabulary))
 
     @cached_property
@@ -791,7 +790,7 @@ def parse_args(arguments: list[str] | None = None) -> tuple[Namespace, Start | N
 
 def read_state(path: Path, model: Path) -> dict:
     """Return the state of the run that trains this model. Raises OSError and ModelFileError."""
-    state = read_model_file(path).get("training")
+    state = read_model_file(path.read_bytes()).get("training")
     name = model.name.replace(".old", "")  # under which a kept model was trained
     if not isinstance(state, dict) or (state.get("version"), state.get("model")) != (STATE_VERSION, name):
         problem = f"{path}: is not the state of a {name} that this version of training.py has trained"

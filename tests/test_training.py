@@ -60,7 +60,7 @@ def new_run(folder: Path, *flags) -> training.Run:
 
 
 def last_step(folder: Path, name: str = "model-01") -> int:
-    return read_model_file(folder / f"{name}.state.pkl")["training"]["record"]["step"]
+    return read_model_file((folder / f"{name}.state.pkl").read_bytes())["training"]["record"]["step"]
 
 
 def losses(folder: Path, name: str = "model-01") -> list[float]:
@@ -230,12 +230,12 @@ def test_the_average_follows_5_per_cent_of_the_steps_so_far(texts, step):
 def test_the_kept_model_is_as_good_as_the_weights_early_in_a_long_run(train, texts, monkeypatch):
     flags = ["-learning_rate", 0.01, "-min_lr", 0.01, "-warmup_iters", 9, "-eval_interval", 60, "-dropout", 0]
     train(*flags, "-max_iters", 60)
-    short, kept = losses(texts), read_model_file(texts / "model-01.pkl")["weights"]
+    short, kept = losses(texts), read_model_file((texts / "model-01.pkl").read_bytes())["weights"]
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     interrupt_after(monkeypatch, 60)
     interrupt_after(monkeypatch, 30, signal.SIGHUP)
     train(*flags, "-max_iters", 10**6, status=130)
-    state = read_model_file(texts / "model-01.state.pkl")
+    state = read_model_file((texts / "model-01.state.pkl").read_bytes())
     assert_same(dict(kept), dict(state["training"]["average"]))
     assert losses(texts) == short and not kept["lm_head.weight"].equal(state["weights"]["lm_head.weight"])
     assert short[1] < 2.25  # from ln(11) = 2.4; the weights of the beginning would have all of that
@@ -424,11 +424,11 @@ LONG = ["-max_iters", 30, "-eval_interval", 10, "-dropout", 0.2]
 
 def everything_after(folder: Path) -> tuple:
     """All that a run leaves, less the seconds."""
-    state = read_model_file(folder / "model-01.state.pkl")
+    state = read_model_file((folder / "model-01.state.pkl").read_bytes())
     for name in ("seconds", "metrics"):  # the metrics are compared below, without their seconds
         state["training"]["record"].pop(name)
     rows = [{name: value for name, value in row.items() if name != "seconds"} for row in metrics(folder)]
-    return read_model_file(folder / "model-01.pkl"), state, rows
+    return read_model_file((folder / "model-01.pkl").read_bytes()), state, rows
 
 
 @signals
@@ -506,7 +506,7 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_state_that_does_not_fit_is_a_sentence_unless_a_flag_mends_it(train, texts, finished_run, damage):
     path = put(texts, finished_run) / "run.state.pkl"
-    content = read_model_file(path)
+    content = read_model_file(path.read_bytes())
     DAMAGES[damage](content)
     torch.save(content, path)
     done = train("-resume", "-model=run.pkl", "-max_iters", 4, status=int(damage != "a missing device"))
