@@ -26,8 +26,7 @@ import time
 import zlib
 from argparse import Namespace
 from codecs import utf_8_decode
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import groupby, islice
@@ -41,7 +40,6 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from model import (
-    Block,
     GPTLanguageModel,
     ModelFileError,
     Parser,
@@ -73,9 +71,7 @@ ADAMW_SHARE_BESIDE_MUON = 0.075  # of Muon's learning rate
 # Three polynomials (a, b, c) that, one after another, bring every number between 0.003 and 1 close to 1. Amsel et al.
 # 2025, "The Polar Express", say how to find them. Jordan's own five end at the same loss and take 1.5 times as long.
 POLYNOMIALS = ((8.138, -22.714, 16.325), (3.965, -2.836, 0.522), (3.524, -2.640, 0.527))
-ADAMW_AVERAGING_TOKENS = 80_000  # over which AdamW averages the square of a gradient
 AVERAGED_SHARE = 0.05  # of the steps so far, over which weights are averaged
-PLATEAU_EVALUATIONS = 5  # without a better one, after which the run says so
 SOON = 60  # seconds; a run that ends sooner, perhaps started by mistake, displaces no earlier one
 STATE_VERSION = 3  # of the state files; others can't be resumed
 
@@ -110,24 +106,17 @@ def train(run: Run, interruption: Interruption) -> None:
     forward = prepare_forward(run)
     started = time.monotonic() - record.seconds  # a resumed run counts on
     tokens = settings.batch_size * settings.block_size  # in a step
-    no_bar = None if sys.stderr else True  # None: a log file gets no bar
-    with tqdm(total=settings.max_iters, initial=record.step, unit="tok", unit_scale=tokens, disable=no_bar) as bar:
+    with tqdm(total=settings.max_iters, initial=record.step, unit="tok", unit_scale=tokens, disable=None) as bar:
         while not (is_finished(record, settings) or interruption.received_by_any()):
             # 1. Draw a batch, and seed dropout. Both depend on the step alone, so a resumed run sees the same ones.
             inputs, targets = get_batch(run.train_text, record.step, settings)
             torch.manual_seed(np.random.default_rng([settings.seed, record.step, DROPOUT, RANK]).integers(2**63))
 
-            # 2. Forward and backward, in `grad_accum` parts; their gradients add up.
+            # 2. Forward and backward. Matrices are multiplied in `dtype`; weights, norms and losses stay in float32.
             model.zero_grad()
-            losses = []
-            for x, y in zip(inputs.chunk(settings.grad_accum), targets.chunk(settings.grad_accum)):
-                is_last = len(losses) == settings.grad_accum - 1
-                with sharing_gradients(forward, is_last):
-                    with autocast(settings.device, settings.dtype):
-                        _, loss = forward(x, y)
-                    optimizer.scaler.scale(loss / settings.grad_accum).backward()
-                losses.append(loss.detach())  # its value, without the graph that led to it
-            loss = torch.stack(losses).mean()
+            with torch.autocast(settings.device.type, settings.dtype, enabled=settings.dtype != torch.float32):
+                _, loss = forward(inputs, targets)
+            optimizer.scaler.scale(loss).backward()
 
             # 3. Step: move the weights against their gradients.
             optimizer.step(learning_rate_at(record.step, settings), settings.grad_clip)
@@ -135,7 +124,7 @@ def train(run: Run, interruption: Interruption) -> None:
             record.step += 1
             record.seconds = time.monotonic() - started
 
-            # 4. Show the progress. Reading the loss waits for a GPU, so it is read only when the bar is drawn.
+            # 4. Show the progress on a terminal. Reading the loss waits for a GPU, so it is read only for the bar.
             if bar.update():
                 bar.set_description_str(f"loss {check_loss(loss.item(), run):.3f}", refresh=False)
 
@@ -159,15 +148,9 @@ def is_finished(record: Record, settings: Namespace) -> bool:
 def check_loss(loss: float, run: Run) -> float:
     """Return the loss. Raises TrainingError if it is no longer a number."""
     if not math.isfinite(loss):
-        rate = learning_rate_at(run.record.step - 1, run.settings)
-        problem = f"the loss is {loss} after step {run.record.step}, at learning rate {rate:.2g}"
+        problem = f"the loss is {loss} after step {run.record.step}"
         raise TrainingError(f"{problem}; try a lower -learning_rate or a longer -warmup_iters")
     return loss
-
-
-def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Return a context that multiplies matrices in `dtype`; weights, norms and losses stay in float32."""
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def prepare_forward(run: Run) -> torch.nn.Module:
@@ -178,12 +161,6 @@ def prepare_forward(run: Run) -> torch.nn.Module:
     if WORLD_SIZE > 1:
         forward = DistributedDataParallel(forward)
     return forward
-
-
-def sharing_gradients(forward: torch.nn.Module, is_last: bool):
-    """Return a context whose backward pass shares gradients among processes only for the last part of a step."""
-    # They add up in each process until then. Sent with every part, they would cross the network `grad_accum` times.
-    return nullcontext() if is_last or WORLD_SIZE == 1 else forward.no_sync()
 
 
 # Text ----------------------------------------------------------------------------------------------------------------
@@ -203,16 +180,14 @@ class Text:
             self.size = os.fstat(file.fileno()).st_size
             # An empty file can't be mapped.
             self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else b""
-        if self.size and hasattr(mmap, "MADV_RANDOM"):  # or the system reads megabytes around every row
+        if self.size and hasattr(mmap, "MADV_RANDOM"):  # or the system may read megabytes around every row
             self.bytes.madvise(mmap.MADV_RANDOM)
         # The last row: a character has at most 4 bytes, and the first of these may be the end of another character.
         tail = self.bytes[-4 * self.row_length :].decode(errors="ignore")[-self.row_length :]
         if len(tail) < self.row_length:
             self.row(max(0, self.size - 4 * self.row_length))  # raises an error if this is not UTF-8
-            raise TrainingError(
-                f"{path}: holds {len(tail)} characters, -block_size {block_size} takes {self.row_length} or more; "
-                "use a longer text or a smaller block"
-            )
+            problem = f"{path}: holds {len(tail)} characters, -block_size {block_size} takes {self.row_length} or more"
+            raise TrainingError(f"{problem}; use a longer text or a smaller block")
         self.last_start = self.size - len(tail.encode())
         # Every code point's token id. Characters outside the vocabulary are read as U+FFFD, or are an error (-1).
         self.ids = np.full(sys.maxunicode + 1, vocabulary.ids.get(vocabulary.substitute, -1), dtype=np.int64)
@@ -259,10 +234,8 @@ class Text:
         # In UTF-32, each character is a number of 4 bytes: its code point.
         ids = self.ids[np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)]
         if ids.min() < 0:
-            raise TrainingError(
-                f"{self.path}: the character {text[ids.argmin()]!r} is not in vocab.txt; "
-                "run data_extract.py again so that both belong together"
-            )
+            problem = f"{self.path}: the character {text[ids.argmin()]!r} is not in vocab.txt"
+            raise TrainingError(f"{problem}; run data_extract.py again so that both belong together")
         return torch.from_numpy(ids.reshape(len(rows), -1))
 
 
@@ -272,10 +245,8 @@ def get_batch(text: Text, step: int, settings: Namespace) -> tuple[torch.Tensor,
     Seed and step alone decide which rows these are. Each process takes its share of them, B = batch_size / processes.
     """
     ids = text.encode(text.draw(settings.batch_size, [settings.seed, step, TRAIN_ROWS]))
-    if settings.device.type == "cuda":  # which copies from pinned memory while it computes
-        ids = ids.pin_memory().to(settings.device, non_blocking=True)
-    else:
-        ids = ids.to(settings.device)
+    is_cuda = settings.device.type == "cuda"  # which copies from pinned memory while it computes
+    ids = (ids.pin_memory() if is_cuda else ids).to(settings.device, non_blocking=is_cuda)
     return ids[:, :-1], ids[:, 1:]
 
 
@@ -289,14 +260,6 @@ def learning_rate_at(step: int, settings: Namespace) -> float:
         return settings.learning_rate * (step + 1) / warmup
     progress = (step - warmup) / max(1, settings.max_iters - 1 - warmup)  # from 0 to 1
     return settings.min_lr + (settings.learning_rate - settings.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def adamw_beta2(tokens_per_step: int) -> float:
-    """Return AdamW's beta2: larger batches are less noisy, so the average needs fewer steps.
-
-    Marek et al. 2025, "Small Batch Size Training for Language Models", keep its half-life in tokens fixed.
-    """
-    return min(max(0.95, 1 - tokens_per_step / ADAMW_AVERAGING_TOKENS), 0.999)
 
 
 @torch.no_grad()
@@ -318,7 +281,7 @@ class Muon(torch.optim.Optimizer):
     queries make up one matrix, as do all keys and all values. One by one, the loss ends 0.005 nats higher.
     """
 
-    def __init__(self, blocks: Sequence[Block], weight_decay: float, dtype: torch.dtype):
+    def __init__(self, blocks: torch.nn.Sequential, weight_decay: float, dtype: torch.dtype):
         self.dtype = dtype  # of the products
         names = ("query", "key", "value")
         heads = [getattr(head, name).weight for block in blocks for name in names for head in block.sa.heads]
@@ -377,10 +340,13 @@ class Optimizer:
         matrices = [weight for weight in model.parameters() if weight.dim() == 2 and weight not in for_muon]
         vectors = [weight for weight in model.parameters() if weight.dim() == 1]
         decay = settings.weight_decay
+        # Average the squares of gradients over 80,000 tokens, however many a step has: Marek et al. 2025, "Small Batch
+        # Size Training for Language Models".
+        beta2 = min(max(0.95, 1 - settings.batch_size * settings.block_size / 80_000), 0.999)
         adamw = torch.optim.AdamW(
             [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}],
             # With the usual beta1 of 0.9, the loss ends 0.01 nats higher.
-            betas=(0.8, adamw_beta2(settings.batch_size * settings.block_size)),
+            betas=(0.8, beta2),
             fused=True,  # one operation for all weights, not several for each
         )
         self.rate_shares = {adamw: 1.0}
@@ -431,36 +397,32 @@ class Optimizer:
 # Evaluating, and telling about it ------------------------------------------------------------------------------------
 
 
-def draw_rows(text: Text, settings: Namespace) -> Iterator[list[str]]:
-    """Yield this process's share of the rows to evaluate on during a run, always the same ones, in batches.
+def draw_rows(text: Text, settings: Namespace) -> list[str]:
+    """Return this process's share of the rows to evaluate on during a run, always the same ones.
 
     They depend on no flag that -resume may change, so that "best" always compares losses on the same rows.
     """
-    return in_batches(text.draw(settings.eval_iters * settings.batch_size, [settings.seed, 0, EVAL_ROWS]), settings)
+    return text.draw(settings.eval_iters * settings.batch_size, [settings.seed, 0, EVAL_ROWS])
 
 
-def in_batches(rows: Iterable[str], settings: Namespace) -> Iterator[list[str]]:
-    """Yield the rows in batches of one length that fit into memory as those of training do."""
-    size = settings.batch_size // (WORLD_SIZE * settings.grad_accum)
+def in_batches(rows: Iterable[str], size: int) -> Iterator[list[str]]:
+    """Yield the rows in batches of up to `size`, each of rows of one length."""
     for _, same in groupby(rows, key=len):
         while batch := list(islice(same, size)):
             yield batch
 
 
 @torch.no_grad()
-def mean_loss(model: GPTLanguageModel, text: Text, batches: Iterable[list[str]], settings: Namespace) -> float:
-    """Return the mean cross-entropy in nats per character over the rows of all processes, without dropout."""
-    was_training = model.training
-    model.eval()
+def mean_loss(model: GPTLanguageModel, text: Text, rows: Iterable[str], settings: Namespace) -> float:
+    """Return the mean cross-entropy in nats per character over the rows of all processes; the model is in eval mode."""
     totals = torch.zeros(2, device=settings.device)  # nats, characters
-    for rows in batches:
-        ids = text.encode(rows).to(settings.device)
-        with autocast(settings.device, settings.dtype):
+    for batch in in_batches(rows, settings.batch_size // WORLD_SIZE):
+        ids = text.encode(batch).to(settings.device)
+        with torch.autocast(settings.device.type, settings.dtype, enabled=settings.dtype != torch.float32):
             _, loss = model(ids[:, :-1], ids[:, 1:])
         # Weigh each batch by its characters: the last one may be smaller.
         count = ids[:, 1:].numel()
         totals += torch.stack([loss * count, torch.full_like(loss, count)])
-    model.train(was_training)
     nats, characters = all_reduce(totals).tolist()  # read only now, since Python has to wait for a GPU here
     return nats / characters
 
@@ -473,38 +435,25 @@ def all_reduce(values: torch.Tensor, operation: str = "SUM") -> torch.Tensor:
 
 
 def describe_evaluation(run: Run, is_best: bool) -> str:
-    """Return the lines to show after an evaluation: the losses, a sample, and a hint if the loss no longer falls."""
-    record, settings = run.record, run.settings
+    """Return the lines to show after an evaluation: the losses, and two lines of what the model writes now."""
+    settings, step, vocabulary = run.settings, run.record.step, run.vocabulary
+    _, train_loss, val_loss, *_ = run.record.metrics[-1]
     saved = f", saved {settings.model}" if is_best else ""
-    _, train_loss, val_loss, *_ = record.metrics[-1]
-    lines = [f"step {record.step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}{saved}"]
-    lines += [f"    {line}" for line in sample_lines(run.average, run.vocabulary, settings)]
-    if record.evaluations_since_best == PLATEAU_EVALUATIONS:
-        lines.append(
-            f"no better model in {PLATEAU_EVALUATIONS} evaluations, since step {record.best_step}; "
-            "Ctrl-C stops the run, and -patience N stops such a run by itself"
-        )
-    return "\n".join(lines)
-
-
-def sample_lines(model: GPTLanguageModel, vocabulary: Vocabulary, settings: Namespace) -> list[str]:
-    """Return two lines of what the model writes now, with a fixed seed, so that samples can be compared."""
     # A generator of its own, so that a sample does not change the random numbers of the training.
     generator = torch.Generator(settings.device).manual_seed(settings.seed)
     start = torch.tensor([[vocabulary.ids.get("\n", 0)]], device=settings.device)
-    ids = model.generate(start, 160, temperature=0.8, generator=generator)
+    ids = run.average.generate(start, 160, temperature=0.8, generator=generator)
     text = vocabulary.decode(ids[0, 1:].tolist())
-    return [line[:76] for line in text.splitlines() if line.strip()][:2]
+    sample = [f"    {line[:76]}" for line in text.splitlines() if line.strip()][:2]
+    return "\n".join([f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}{saved}", *sample])
 
 
 def describe(run: Run) -> str:
     """Return what is trained, and on what."""
     settings = run.settings
     parameters = sum(weight.numel() for weight in run.model.parameters())
-    threads = torch.get_num_threads()
-    where = f"{WORLD_SIZE} processes" if WORLD_SIZE > 1 else f"{threads} thread{'s' if threads > 1 else ''}"
     return f"""\
-device      {settings.device}, {where}, {str(settings.dtype).removeprefix("torch.")}
+device      {WORLD_SIZE} x {settings.device}, {str(settings.dtype).removeprefix("torch.")}
 model       {parameters:,} parameters, {len(run.vocabulary):,} characters
 text        {run.train_text.size / 1e6:,.2f} MB to train on, {run.val_text.size / 1e6:,.2f} MB to validate with
 step        {settings.batch_size} x {settings.block_size} = {settings.batch_size * settings.block_size:,} tokens
@@ -522,14 +471,13 @@ def describe_end(run: Run) -> str:
     # In float32, so that runs in different dtypes can be compared; from the file, so that the file is known to be good.
     model, _ = load_model(settings.model, settings.device)
     float32 = Namespace(**{**vars(settings), "dtype": torch.float32})
-    nats = mean_loss(model, text, in_batches(islice(rows, limit), settings), float32)
+    nats = mean_loss(model, text, islice(rows, limit), float32)
     part = f"first {limit * settings.block_size:,} characters of the" if next(rows, None) else "whole"
     end = f"""\
 best model, of step {record.best_step}: {nats:.4f} nats = {nats / math.log(2):.3f} bits per character
 over the {part} validation text; talk to it: python chatbot.py -model {settings.model}"""
     if record.step < settings.max_iters:
-        why = f"no better model in {settings.patience} evaluations"
-        end = f"stopped after step {record.step}, {why}; -resume with a higher -patience goes on\n{end}"
+        end = f"stopped after step {record.step}: no better model in {settings.patience} evaluations\n{end}"
     return end
 
 
@@ -583,28 +531,28 @@ class Files:
         status = self.state.stat() if self.state.exists() else None
         return status and (status.st_mtime_ns, status.st_size)
 
-    def remove_litter(self) -> None:
-        """Remove what an earlier run was writing when it was killed."""
-        for path in (self.state, self.metrics, self.model):
-            target = Path(os.path.realpath(path))
-            for litter in target.parent.glob(f"{glob.escape(target.name)}.*.tmp"):
-                litter.unlink(missing_ok=True)
-
     def claim(self) -> None:
         """Rename the files of an earlier run: model-01.pkl to model-01.old.pkl, and so on; of a link, its target.
 
         Raises OSError, and TrainingError if another run has taken this run's place.
         """
         if self.stamp and self.stamp_on_disk() not in (None, self.stamp):
-            raise TrainingError(
-                f"{self.state}: another run has put its own state here, so this run stops; "
-                "what it had saved is now called .old, or the other run has gone on from it"
-            )
+            problem = f"{self.state}: another run has put its own state here, so this run stops"
+            raise TrainingError(f"{problem}; what it had saved is now called .old, or the other run goes on from it")
         for path in () if self.stamp else (self.state, self.metrics, self.model):
             ending = path.name.removeprefix(self.model.stem)
             target = Path(os.path.realpath(path))
             if target.exists():
                 os.replace(target, target.with_name(target.name.removesuffix(ending) + f".old{ending}"))
+
+
+def prepare_folders(*paths: Path | None) -> None:
+    """Remove what a killed run was writing in place of these files. Raises OSError if they can't be written."""
+    for path in filter(None, paths):
+        target = Path(os.path.realpath(path))
+        target.with_name(f"{target.name}.0.tmp").touch()  # better an error now than at the first save
+        for litter in target.parent.glob(f"{glob.escape(target.name)}.*.tmp"):
+            litter.unlink(missing_ok=True)
 
 
 def save(run: Run, is_best: bool = False) -> None:
@@ -655,8 +603,7 @@ def draw_losses(path: Path, record: Record) -> None:
 def restore(run: Run, state: dict) -> None:
     """Bring the run back to where its state was saved. Raises ModelFileError, and TrainingError for other texts."""
     try:
-        saved = Record(**state["record"])
-        vars(run.record).update(vars(saved))
+        vars(run.record).update(vars(Record(**state["record"])))
         run.files.stamp = run.files.stamp_on_disk()
         run.average.load_state_dict(state["average"])
         run.optimizer.restore(state["optimizer"])
@@ -664,10 +611,8 @@ def restore(run: Run, state: dict) -> None:
     except Exception as error:  # parts that are missing, of the wrong type or of the wrong shape
         raise ModelFileError(f"{run.files.state}: does not hold a run to go on with") from error
     if texts != [run.train_text.fingerprint, run.val_text.fingerprint]:
-        raise TrainingError(
-            f"{run.settings.data_dir}: the texts are not those that {run.files.state} began with; "
-            "put those back, or start anew without -resume"
-        )
+        problem = f"{run.settings.data_dir}: the texts are not those that {run.files.state} began with"
+        raise TrainingError(f"{problem}; put those back, or start anew without -resume")
 
 
 # Interruption --------------------------------------------------------------------------------------------------------
@@ -710,17 +655,9 @@ class Interruption:
 # The command line ----------------------------------------------------------------------------------------------------
 
 # Flags that don't change what is learnt, or that a resumed run may change on purpose. -max_iters may grow, too.
-MAY_CHANGE_ON_RESUME = {"max_iters", "data_dir", "device", "dtype", "compile", "grad_accum", "patience"}
-NOT_SAVED = {"model", "plot", "resume"}  # what each command says for itself: a state must not name files to write
+MAY_CHANGE_ON_RESUME = {"max_iters", "data_dir", "device", "dtype", "patience"}
+NOT_SAVED = {"model", "plot", "resume", "compile"}  # what each command says for itself; no state names files to write
 SHAPE = ("n_embd", "n_head", "n_layer", "block_size")
-
-
-class Start(NamedTuple):
-    """What a run starts from: the content of a model file, and the state if it resumes."""
-
-    model: GPTLanguageModel
-    vocabulary: Vocabulary
-    state: dict | None = None
 
 
 def training_parser() -> Parser:
@@ -728,7 +665,6 @@ def training_parser() -> Parser:
     flag = parser.flag
     integer, positive, real = bounded(int, 0), bounded(int, 1), bounded(float, 0)
     flag("batch_size", type=positive, default=32, help="sequences per optimizer step, over all processes")
-    flag("grad_accum", type=positive, default=1, help="parts of a step, one after another: takes less memory")
     flag("block_size", type=positive, default=128, help="characters that the model sees at once")
     flag("max_iters", type=positive, default=550, help="optimizer steps")
     flag("optimizer", choices=tuple(LEARNING_RATES), default="adamw", help="muon learns more per step, for the blocks")
@@ -760,32 +696,35 @@ def training_parser() -> Parser:
     return parser
 
 
-def parse_args(arguments: list[str] | None = None) -> tuple[Namespace, Start | None]:
-    """Return the settings, and the model file that the run starts from, if any. Raises OSError and ModelFileError."""
+def parse_args(arguments: list[str] | None = None) -> tuple[Namespace, tuple]:
+    """Return the settings, and what the run starts from: a model, its vocabulary, a state; None for what is not there.
+
+    Raises OSError and ModelFileError.
+    """
     parser = training_parser()
     args = parser.parse_args(arguments)
     if args.model.suffix != ".pkl" or args.model.name.endswith(".state.pkl"):
         parser.error(f"argument -model: {str(args.model)!r} must end in .pkl, but not in .state.pkl")
     state_path = sibling(args.model, ".state.pkl")
-    start = None
+    model = vocabulary = state = None
     if args.resume and state_path.exists():
-        start = Start(*load_model(state_path), read_state(state_path, args.model))
+        model, vocabulary = load_model(state_path)
+        state = read_state(state_path, args.model)
         # As text, so that the parser checks what may come from a stranger as it checks what a user types.
         saved = dict.fromkeys(vars(args).keys() - NOT_SAVED)  # what was not given then contradicts what is given now
-        saved |= {name: str(value) for name, value in start.state["flags"].items() if name not in NOT_SAVED}
+        saved |= {name: str(value) for name, value in state["flags"].items() if name not in NOT_SAVED}
         args = parse_again(parser, arguments, saved, state_path)
     elif args.init_from:
         given = Vocabulary.from_file(args.vocab) if args.vocab else None
-        start = Start(*load_model(args.init_from, vocabulary=given))
-        shape = {name: start.model.config[name] for name in SHAPE}
-        args = parse_again(parser, arguments, shape, args.init_from)
+        model, vocabulary = load_model(args.init_from, vocabulary=given)
+        args = parse_again(parser, arguments, {name: model.config[name] for name in SHAPE}, args.init_from)
     elif args.vocab:
         parser.error("argument -vocab: goes with -init_from only; training takes the vocab.txt in -data_dir")
     work_out_defaults(args)
     check_together(parser, args)
-    if args.resume and not (start and start.state):
+    if args.resume and not state:
         show(f"{state_path}: there is no run to go on with, so a new one starts", sys.stderr)
-    return args, start
+    return args, (model, vocabulary, state)
 
 
 def read_state(path: Path, model: Path) -> dict:
@@ -822,11 +761,7 @@ def work_out_defaults(args: Namespace) -> None:
     if args.dtype is None:
         args.dtype = str(default_dtype(args.device)).removeprefix("torch.")
     # What -resume parses again. Left out are the defaults below, since they follow -max_iters, which may grow.
-    args.flags = {
-        name: str(value)
-        for name, value in vars(args).items()
-        if name not in NOT_SAVED and value is not None and value is not False
-    }
+    args.flags = {name: str(value) for name, value in vars(args).items() if value is not None and name not in NOT_SAVED}
     args.dtype = getattr(torch, args.dtype)
     if args.learning_rate is None:
         args.learning_rate = default_learning_rate(args)
@@ -873,15 +808,10 @@ def default_dropout(args: Namespace) -> float:
 
 def check_together(parser: Parser, args: Namespace) -> None:
     """End the program if flags do not fit one another."""
-    if args.batch_size % (WORLD_SIZE * args.grad_accum):
-        problem = f"{args.batch_size} sequences can't be shared among {WORLD_SIZE} processes x -grad_accum"
-        parser.error(f"argument -batch_size: {problem} {args.grad_accum} evenly")
+    if args.batch_size % WORLD_SIZE:
+        parser.error(f"argument -batch_size: {args.batch_size} can't be shared evenly among {WORLD_SIZE} processes")
     if args.n_embd % args.n_head:
         parser.error(f"argument -n_embd: {args.n_embd} is not a multiple of -n_head {args.n_head}")
-    if args.warmup_iters >= args.max_iters:
-        parser.error(f"argument -warmup_iters: {args.warmup_iters} is not below -max_iters {args.max_iters}")
-    if args.min_lr > args.learning_rate:
-        parser.error(f"argument -min_lr: {args.min_lr} is above the learning rate, {args.learning_rate:.3g}")
     if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):
         parser.error(f"argument -plot: {str(args.plot)!r} does not end in .png, .svg or .pdf")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
@@ -891,45 +821,36 @@ def check_together(parser: Parser, args: Namespace) -> None:
 # The command ---------------------------------------------------------------------------------------------------------
 
 
-def starting_model(settings: Namespace, start: Start | None) -> tuple[GPTLanguageModel, Vocabulary]:
-    """Return the model of a resumed run; or a new one, with the weights of `-init_from` where it has any."""
-    if start and start.state:
-        return start.model, start.vocabulary
-    vocabulary = Vocabulary.from_file(settings.data_dir / "vocab.txt")
-    if start:
-        vocabulary = Vocabulary(start.vocabulary.characters + vocabulary.characters)
+def new_model(settings: Namespace, old: GPTLanguageModel | None, known: str) -> tuple[GPTLanguageModel, Vocabulary]:
+    """Return a model with random weights and its vocabulary. Of an old one, the weights and characters known stay."""
+    vocabulary = Vocabulary(known + Vocabulary.from_file(settings.data_dir / "vocab.txt").characters)
     torch.manual_seed(settings.seed)
     shape = {name: getattr(settings, name) for name in SHAPE}
     model = GPTLanguageModel(len(vocabulary), dropout=settings.dropout, **shape)
-    if start:
-        # The new text's characters get rows of their own in the tables; the old ones keep theirs.
-        rows = [vocabulary.ids[character] for character in start.vocabulary.characters]
+    if old:
+        rows = vocabulary.encode(known)  # in the tables, where characters new to the model get rows between these
         weights = model.state_dict()
-        for name, old in start.model.state_dict().items():
-            weights[name][rows if name.startswith(("token_embedding_table", "lm_head")) else ...] = old
+        for name, weight in old.state_dict().items():
+            weights[name][rows if name.startswith(("token_embedding_table", "lm_head")) else ...] = weight
     return model, vocabulary
 
 
-def run_training(settings: Namespace, start: Start | None) -> int:
+def run_training(settings: Namespace, start: tuple[GPTLanguageModel | None, Vocabulary | None, dict | None]) -> int:
     """Train as the settings say; return the exit status. Raises OSError, ModelFileError and TrainingError."""
-    for path in filter(None, (settings.model, settings.plot)):
-        probe = Path(f"{os.path.realpath(path)}.{os.getpid()}.tmp")
-        probe.touch()  # better an error now than at the first save
-        probe.unlink()
-    model, vocabulary = starting_model(settings, start)
+    model, vocabulary, state = start
+    if state is None:
+        model, vocabulary = new_model(settings, model, vocabulary.characters if vocabulary else "")
     model.to(settings.device)
-    train_text = Text(settings.data_dir / "output_train.txt", vocabulary, settings.block_size)
-    val_text = Text(settings.data_dir / "output_val.txt", vocabulary, settings.block_size)
+    texts = [
+        Text(settings.data_dir / f"output_{part}.txt", vocabulary, settings.block_size) for part in ("train", "val")
+    ]
     optimizer, record, files = Optimizer(model, settings), Record(), Files(settings.model)
-    run = Run(settings, model, copy.deepcopy(model), vocabulary, train_text, val_text, optimizer, record, files)
-    files.remove_litter()
+    run = Run(settings, model, copy.deepcopy(model).eval(), vocabulary, *texts, optimizer, record, files)
+    prepare_folders(files.model, files.state, files.metrics, settings.plot)
     show(describe(run))
-    if start and start.state:
-        restore(run, start.state)
-        end = "; a higher -max_iters goes on" if record.step >= settings.max_iters else ""
-        show(f"resumed     after step {record.step} of {settings.max_iters}{end}")
-    elif files.model.exists():
-        show(f"{files.model}: the first save will rename it to {sibling(files.model, '.old.pkl')}", sys.stderr)
+    if state:
+        restore(run, state)
+        show(f"resumed     after step {record.step} of {settings.max_iters}")
     if WORLD_SIZE > 1:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own handler would wait until all processes are there
         if settings.device.type == "cuda":
@@ -970,7 +891,7 @@ def main() -> int:
         if isinstance(error, FileNotFoundError) and str(error.filename).endswith(".txt"):
             message += "; run data_extract.py first, or name its -data_dir"
         if message == "not enough memory":
-            message += "; try a higher -grad_accum or a smaller -batch_size, -n_embd or -block_size"
+            message += "; try a smaller -batch_size, -n_embd or -block_size"
         show(f"training.py: {message}".replace("\n", r"\n"), errors)
         return 1
 

@@ -261,14 +261,9 @@ def learn(folder: Path, optimizer: str, max_iters: int) -> tuple[float, float]:
     run = new_run(settings_with([*flags, f"-model={folder / 'learnt.pkl'}"]))
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         training.train(run, Steps(max_iters + 1))
-    return loss_on_all(run, run.average), run.record.seconds
-
-
-def loss_on_all(run: training.Run, model: torch.nn.Module) -> float:
-    """Return the loss of a model on the whole validation text."""
-    batches = training.in_batches(run.val_text.from_the_start(), run.settings)
     settings = argparse.Namespace(**{**vars(run.settings), "dtype": torch.float32})
-    return training.mean_loss(model, run.val_text, batches, settings)
+    loss = training.mean_loss(run.average, run.val_text, run.val_text.from_the_start(), settings)
+    return loss, run.record.seconds
 
 
 def learning(folder: Path) -> None:

@@ -76,7 +76,7 @@ def resume(path: Path) -> None:
     settings, start = training.parse_args(["-resume", "-model", str(folder / name), "-data_dir", str(folder)])
     vars(settings).update(batch_size=4, eval_iters=1, max_iters=10**9, eval_interval=10**9)  # however many
     run = new_run(settings, start)
-    training.restore(run, start.state)
+    training.restore(run, start[-1])
     training.train(run, Steps(1))
 
 

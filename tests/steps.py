@@ -12,10 +12,11 @@ def settings_with(flags: list[str], **changed) -> Namespace:
     return Namespace(**{**vars(settings), **changed})
 
 
-def new_run(settings: Namespace, start: training.Start | None = None) -> training.Run:
+def new_run(settings: Namespace, start: tuple = (None, None, None)) -> training.Run:
     """Return a run at its beginning, on the texts in the folder of the settings."""
-    training.torch.manual_seed(settings.seed)
-    model, vocabulary = training.starting_model(settings, start)
+    model, vocabulary, state = start
+    if state is None:
+        model, vocabulary = training.new_model(settings, model, "")
     model.to(settings.device)
     texts = [
         training.Text(settings.data_dir / name, vocabulary, settings.block_size)
@@ -23,7 +24,7 @@ def new_run(settings: Namespace, start: training.Start | None = None) -> trainin
     ]
     optimizer = training.Optimizer(model, settings)
     record, files = training.Record(), training.Files(settings.model)
-    return training.Run(settings, model, copy.deepcopy(model), vocabulary, *texts, optimizer, record, files)
+    return training.Run(settings, model, copy.deepcopy(model).eval(), vocabulary, *texts, optimizer, record, files)
 
 
 class Steps:

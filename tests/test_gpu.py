@@ -87,7 +87,7 @@ def errors_on_waiting():
 def logits_and_gradients(model: GPTLanguageModel, device: str, dtype: str) -> list[torch.Tensor]:
     model = model.to(device)
     index = torch.randint(0, 11, (4, 64), generator=torch.Generator().manual_seed(2)).to(device)
-    with training.autocast(torch.device(device), getattr(torch, dtype)):
+    with torch.autocast(device, getattr(torch, dtype), enabled=dtype != "float32"):
         logits, loss = model(index, index.flip(0))
     model.zero_grad()
     (loss * (scale := 1024)).backward()  # or small gradients would vanish in float16
@@ -123,7 +123,7 @@ def test_training_lowers_the_loss(run, texts, optimizer, dtype, dropout):
 
 @card
 def test_training_compiled_and_eager_agree(run):
-    losses = [run(*SAME, f"-device={CARD}", "-grad_accum=2", *more)[1] for more in ([], ["-compile"])]
+    losses = [run(*SAME, f"-device={CARD}", *more)[1] for more in ([], ["-compile"])]
     assert losses[0] == pytest.approx(losses[1], rel=0.01)
 
 
@@ -158,7 +158,7 @@ class WatchedSteps(Steps):
 def test_a_step_does_not_wait_for_the_card(texts, optimizer, dtype):
     skip_if_missing(dtype)
     flags = [*TINY, f"-data_dir={texts}", f"-device={CARD}", f"-optimizer={optimizer}", f"-dtype={dtype}"]
-    run = new_run(settings_with([*flags, "-grad_accum=2", "-max_iters=1000", "-eval_interval=1000"]))
+    run = new_run(settings_with([*flags, "-max_iters=1000", "-eval_interval=1000"]))
     steps = WatchedSteps(14)
     with ExitStack() as steps.watch:
         training.train(run, steps)
@@ -166,16 +166,15 @@ def test_a_step_does_not_wait_for_the_card(texts, optimizer, dtype):
 
 
 @card
-def test_memory_does_not_grow_and_parts_of_a_step_take_less(texts):
+def test_memory_does_not_grow(texts):
     peaks = []
-    for grad_accum in (1, 8):
-        flags = ["-batch_size=64", "-block_size=256", "-n_embd=64", "-max_iters=1000", "-eval_interval=1000"]
-        run = new_run(settings_with([*flags, f"-data_dir={texts}", f"-device={CARD}", f"-grad_accum={grad_accum}"]))
-        for steps in (5, 20):
-            torch.cuda.reset_peak_memory_stats()
-            training.train(run, Steps(steps))
-            peaks.append(torch.cuda.max_memory_allocated())
-    assert peaks[1] < 1.02 * peaks[0] and peaks[3] < 1.02 * peaks[2] < 1.02 * peaks[0] / 3
+    flags = ["-batch_size=64", "-block_size=256", "-n_embd=64", "-max_iters=1000", "-eval_interval=1000"]
+    run = new_run(settings_with([*flags, f"-data_dir={texts}", f"-device={CARD}"]))
+    for steps in (5, 20):
+        torch.cuda.reset_peak_memory_stats()
+        training.train(run, Steps(steps))
+        peaks.append(torch.cuda.max_memory_allocated())
+    assert peaks[1] < 1.02 * peaks[0]
 
 
 @card
@@ -185,7 +184,7 @@ def test_no_memory_on_the_card_is_the_one_line_error(texts, run_main):
         done = run_main("training.py", *TINY, f"-device={CARD}", "-n_embd=1024", "-n_layer=12", "-batch_size=512")
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert_fails(done, "not enough memory; try a higher -grad_accum or a smaller -batch_size, -n_embd or -block_size")
+    assert_fails(done, "not enough memory; try a smaller -batch_size, -n_embd or -block_size")
 
 
 @cards
@@ -195,6 +194,6 @@ def test_all_cards_together_learn_what_one_does(texts, start_script):
         flags = [*SAME, f"-batch_size={4 * torch.cuda.device_count()}", f"-device={CARD}"]
         process = start_script("training.py", *flags, cwd=texts, processes=processes)
         output, errors = process.communicate(timeout=300)
-        assert process.returncode == 0 and (processes == 1 or f"{processes} processes" in output), errors
+        assert process.returncode == 0 and (processes == 1 or f"{processes} x cuda" in output), errors
         losses.append(float(metrics(texts)[-1]["val_loss"]))
     assert losses[0] == pytest.approx(losses[1], rel=0.005)

@@ -224,7 +224,7 @@ def test_every_flag_in_the_text_exists(monkeypatch):
 def test_what_a_resumed_run_may_change_is_named():
     paragraph = next(text for text in SECTIONS["Recipes"].split("\n\n") if "may change" in text)
     named = re.findall(r"`-(\w+)`", paragraph.partition("may change")[0])
-    assert sorted(named) == sorted({*training.MAY_CHANGE_ON_RESUME, "plot"})
+    assert sorted(named) == sorted({*training.MAY_CHANGE_ON_RESUME, "plot", "compile"})
 
 
 # Messages, names and links -------------------------------------------------------------------------------------------
