@@ -21,13 +21,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import BinaryIO, NoReturn, TextIO
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-MAX_WEIGHT = 1000.0  # larger weights may overflow inside the model; trained weights are about 1
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, dropout: nn.Module) -> Tensor:
@@ -448,7 +446,7 @@ def load_model(
         problem = explain(error) or f"not a model file that can be read ({reason}); train one with training.py"
         raise ModelFileError(f"{path}: {problem}") from error
     for name, weight in model.named_parameters():
-        if not (weight.abs() <= MAX_WEIGHT).all():
+        if not (weight.abs() <= 1000).all():  # trained weights are about 1; larger ones may overflow in the model
             raise ModelFileError(f"{path}: {name} is NaN or absurd in places; use a file from before that happened")
     found = 0 if vocabulary is None else len(vocabulary)
     if found != config["vocab_size"]:
@@ -563,6 +561,9 @@ class Parser(argparse.ArgumentParser):
         if "type" in options:
             options["metavar"] = options["type"].__name__.upper()  # "-seed INT"
         self.add_argument(f"-{name}", help=help, **options)
+
+    def error(self, message: str) -> NoReturn:
+        super().error(escape(message))
 
     def parse_args(self, arguments: list[str] | None = None, namespace: argparse.Namespace | None = None):
         arguments = sys.argv[1:] if arguments is None else arguments

@@ -822,13 +822,13 @@ def check_together(parser: Parser, args: Namespace) -> None:
 
 
 def new_model(settings: Namespace, old: GPTLanguageModel | None, known: str) -> tuple[GPTLanguageModel, Vocabulary]:
-    """Return a model with random weights and its vocabulary. Of an old one, the weights and characters known stay."""
+    """Return a model with random weights, and its vocabulary. An old model's weights stay, as do characters known."""
     vocabulary = Vocabulary(known + Vocabulary.from_file(settings.data_dir / "vocab.txt").characters)
     torch.manual_seed(settings.seed)
     shape = {name: getattr(settings, name) for name in SHAPE}
     model = GPTLanguageModel(len(vocabulary), dropout=settings.dropout, **shape)
     if old:
-        rows = vocabulary.encode(known)  # in the tables, where characters new to the model get rows between these
+        rows = vocabulary.encode(known)  # of the tables; characters that are new to the model have other rows
         weights = model.state_dict()
         for name, weight in old.state_dict().items():
             weights[name][rows if name.startswith(("token_embedding_table", "lm_head")) else ...] = weight

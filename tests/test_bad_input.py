@@ -63,6 +63,7 @@ FLAGS = [
     Case(TRAIN, ["-plot=a\nb\udcff"], 2, r"argument -plot: 'a\\nb\\udcff' does not end in .png, .svg or .pdf"),
     *(Case(TRAIN, [f"-model={name}"], 2, "argument -model: .* must end in .pkl") for name in ("m", "m.state.pkl", "")),
     Case(TRAIN, ["-n_embd=2147483646"], 1, "not enough memory; try a smaller -batch_size"),
+    Case(CHAT, ["\x1b]0;x\x07"], 2, r"unrecognized arguments: \\x1b\]0;x\\x07"),
     Case(CHAT, ["-temperature=-inf"], 2, "argument -temperature: -inf is not "),
     Case(CHAT, ["-top_k=12"], 2, "-top_k: .*the model knows only 11 characters"),
 ]
