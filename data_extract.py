@@ -163,8 +163,7 @@ def archives_in_tar(outer: Archive, passed_over: Counter[str]) -> list[Archive]:
 
 def take_sample(archives: list[Archive], rate: float, seed: int) -> list[Archive]:
     """Return a reproducible share of the archives, in their order; a higher rate adds to what a lower one takes."""
-    order = list(range(len(archives)))
-    random.Random(seed).shuffle(order)
+    order = random.Random(seed).sample(range(len(archives)), len(archives))
     return [archives[i] for i in sorted(order[: max(1, round(rate * len(archives)))])]
 
 
@@ -498,7 +497,8 @@ def outputs_in(folder: Path) -> Iterator[Path]:
                 os.replace(temporary / name, folder / name)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-            with suppress(PermissionError):  # Windows keeps a file that is open; an empty one does no harm
+            file.close()  # Windows removes no open file, nor one that another run is about to lock
+            with suppress(PermissionError):
                 lock_path.unlink()
 
 
