@@ -54,7 +54,7 @@ MOST_INVALID = 0.2  # of the characters of a text; Chinese in GBK has 0.69, Fren
 SHARE = "{:.0f} % of its characters are not UTF-8 (NULs included)"
 DOUBTFUL = 0.01  # an archive with a larger share is named in the summary
 PAX_FIELD = re.compile(rb"^\d+ (path|size|GNU\.sparse)(?:\.\w+)?=(.*)$", re.MULTILINE)
-codecs.register_error("NUL", lambda error: ("\0", error.end))  # counts invalid sequences and NULs as one
+codecs.register_error("NUL", lambda error: ("\0", error.end))  # so that invalid sequences and NULs are counted as one
 COMMON = b"\n\t" + bytes(range(32, 127))  # most of most texts
 
 
@@ -100,7 +100,7 @@ def find_archives(data_dir: Path) -> tuple[list[Archive], Counter[str]]:
     """Return all archives below `data_dir`, and how many files, folders and members of outer tars are passed over.
 
     Archives are sorted by their own file name, then by path. The `.xz` members of a `.tar` are archives of their own,
-    so a corpus comes out in the same order whether its outer tars are unpacked or not. Raises DataError for none.
+    so a corpus comes out in one order, whether its outer tars are unpacked or not. Raises DataError if none is found.
     """
     archives, passed_over = [], Counter()
     folders, seen = [data_dir], {os.path.realpath(data_dir)}
@@ -132,8 +132,8 @@ def reason_in_name(name: str) -> str:
 
 def reason_in_kind(path: Path, seen: set[str]) -> str:
     """Return why a file or folder can't be read or has been `seen`, or "", and add its real path to those `seen`."""
-    if not path.is_dir() and path.suffix.lower() not in {".tar", ".xz", ".txt"}:
-        return f"passed over (not .tar, .xz or .txt; {ELSEWHERE})"
+    if not path.is_dir() and not (path.suffix.lower() in {".tar", ".xz", ".txt"} and path.is_file()):
+        return f"passed over (no .tar, .xz or .txt file; {ELSEWHERE})"
     real_path = os.path.realpath(path)
     if real_path in seen:  # so links to one folder neither double the corpus nor lead round in circles
         return "passed over (a link to what is read anyway)"
@@ -321,7 +321,7 @@ def parse_header(header: bytes, extended: dict[bytes, bytes]) -> tuple[str, int]
     is_binary = digits[0] & 0x80  # as GNU tar has it from 8 GB on
     try:
         size = int.from_bytes(digits[1:], "big") if is_binary else int(digits.rstrip(b"\0 ") or b"0", 8)
-        size = max(0, int(extended.get(b"size", size)))  # a negative one would lead back
+        size = max(0, int(extended.get(b"size", size)))  # a negative one would lead back here
     except ValueError:
         raise Damaged("the tar in it is damaged") from None
     if header[156:157] in b"123456":  # links, devices and folders have no content, whatever size they name

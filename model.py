@@ -191,10 +191,7 @@ class GPTLanguageModel(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def decode(self, index: Tensor, caches: list[Cache]) -> Tensor:
-        """Read ids (B, T) that follow the text in the blocks' caches -> logits (B, V) of the next token.
-
-        Does what `forward` does, for the last time step alone.
-        """
+        """Read ids (B, T) that follow the text in the caches -> logits (B, V) of the next token, as from `forward`."""
         start = caches[0].length
         positions = torch.arange(start, start + index.shape[1], device=index.device)
         x = self.token_embedding_table(index) + self.position_embedding_table(positions)
