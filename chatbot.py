@@ -50,7 +50,7 @@ def encode_prompt(prompt: str, vocabulary: Vocabulary) -> list[int]:
         fate = "replaced by U+FFFD" if vocabulary.substitute else "left out"
         show(f"{fate}, as the model has never seen them: {' '.join(map(repr, unknown))}", sys.stderr)
     known = "".join(vocabulary.substitute if character in unknown else character for character in prompt)
-    return vocabulary.encode(known or vocabulary.characters[0])  # something to go on from, mostly a line end
+    return vocabulary.encode(known or vocabulary.characters[vocabulary.ids.get("\n", 0)])  # something to go on from
 
 
 # Answers -------------------------------------------------------------------------------------------------------------
@@ -121,9 +121,11 @@ def answer(prompt: str, model: GPTLanguageModel, vocabulary: Vocabulary, args: N
             completion = vocabulary.decode(ids) + "".join(characters)
             show_surprises(completion, surprises(model, vocabulary.encode(completion)), len(ids))
             continue
-        for character in chain(vocabulary.decode(ids), characters):
-            show(character, end="")
-        show("")
+        try:
+            for character in chain(vocabulary.decode(ids), characters):
+                show(character, end="")
+        finally:
+            show("")
 
 
 def chat(model: GPTLanguageModel, vocabulary: Vocabulary, args: Namespace) -> None:
@@ -138,7 +140,7 @@ def chat(model: GPTLanguageModel, vocabulary: Vocabulary, args: Namespace) -> No
         try:
             answer(prompt, model, vocabulary, args)
         except KeyboardInterrupt:
-            show("\n(stopped)", sys.stderr)
+            show("(stopped)", sys.stderr)
 
 
 # The command ---------------------------------------------------------------------------------------------------------
@@ -158,16 +160,14 @@ def parse_args() -> tuple[Namespace, GPTLanguageModel, Vocabulary]:
     flag("top_k", type=positive, help="sample only from the k likeliest characters (default: from all)")
     flag("seed", type=bounded(int, 0, below=2**63), help="makes answers repeatable (default: they differ)")
     flag("batch_size", type=positive, default=1, help="completions per prompt")
-    colours = "green from 1/2, blue from 1/8, orange from 1/32, red below"
-    flag("show", action="store_true", help=f"colour characters by the probability that the model gave them: {colours}")
+    flag("show", action="store_true", help="colours by probability: green from 1/2, blue 1/8, orange 1/32, red below")
     flag("device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
     args = parser.parse_args()
     given = Vocabulary.from_file(args.vocab) if args.vocab else None
     model, vocabulary = load_model(args.model, args.device, given)
     if args.top_k and args.top_k > len(vocabulary):
         parser.error(f"argument -top_k: the model knows only {len(vocabulary)} characters")
-    args.generator = torch.Generator(args.device)
-    args.generator.manual_seed(torch.seed() if args.seed is None else args.seed)
+    args.generator = torch.Generator(args.device).manual_seed(torch.seed() if args.seed is None else args.seed)
     return args, model, vocabulary
 
 

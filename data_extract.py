@@ -20,7 +20,6 @@ import shutil
 import signal
 import string
 import sys
-import tarfile
 import tempfile
 import threading
 import unicodedata
@@ -40,13 +39,12 @@ from tqdm import tqdm
 DEFAULT_DATA_DIR = "openwebtext"
 OUTPUT_NAMES = ("output_train.txt", "output_val.txt", "vocab.txt")
 NEVER_CORPUS = {*OUTPUT_NAMES, "train_split.txt", "val_split.txt", "requirements.txt"}
-HIDDEN = re.compile(r"(?:^|/)\.(?!\.?(?:/|$))")  # a part of a path that begins with a dot, but is not "." or ".."
 ELSEWHERE = 'see README, "Other kinds of data"'
 TRAIN_SHARE = 0.9
 FEW = 10  # fewer archives are too coarse to share out: their text is cut
 READ_SIZE = 64 << 10  # bytes unpacked at once, few enough to stay in a core's cache
 CHUNK = 2 << 20  # bytes of text handled at once
-MOST_WORKERS = 16
+BLOCK = 512  # bytes, of which a tar is made
 AHEAD = 4  # archives per worker whose texts may wait for their turn: without a limit they could fill the disk
 REPLACEMENT = "\ufffd"
 HEAD = 8000  # bytes at the beginning of a text that hold no NUL, as git and grep have it
@@ -123,7 +121,7 @@ def find_archives(data_dir: Path) -> tuple[list[Archive], Counter[str]]:
 
 def reason_in_name(name: str) -> str:
     """Return why a file or a member of a tar with this name is not part of the corpus, or ""."""
-    if HIDDEN.search(name):  # editors and macOS (`._name`) leave hidden files beside the text
+    if re.search(r"(^|/)\.(?!\.?(/|$))", name):  # hidden, as editors and macOS leave files; "." and ".." are not
         return "passed over (hidden)"
     if name.rpartition("/")[2].lower() in NEVER_CORPUS:
         return "passed over (an output of these scripts, or requirements.txt)"
@@ -193,7 +191,8 @@ def read_archive(archive: Archive, counts: Counter[str]) -> Iterator[str]:
         packed = Window(file, archive.size)
         stream = io.BufferedReader(lzma.open(packed, format=lzma.FORMAT_XZ), READ_SIZE) if is_xz else file  # noqa: SIM115
         try:
-            is_tar = ending == ".tar" or is_tar_header(stream.peek(tarfile.BLOCKSIZE)[: tarfile.BLOCKSIZE])
+            head = stream.peek(BLOCK)[:BLOCK]
+            is_tar = ending == ".tar" or is_tar_header(head) or (is_xz and head == bytes(BLOCK))  # NULs: an empty tar
             yield from (read_tar if is_tar else read_plain)(ending, stream, counts)
         except (EOFError, lzma.LZMAError) as error:
             raise Damaged(f"it is not a sound .xz file ({error})") from None
@@ -279,7 +278,7 @@ def tar_members(stream: BinaryIO) -> Iterator[tuple[str, int, Iterator[bytes]]]:
     """
     is_ended = False
     extended = {}  # what extra headers say of the next member
-    while header := stream.read(tarfile.BLOCKSIZE):
+    while header := stream.read(BLOCK):
         is_ended = not header.strip(b"\0")  # NULs end a tar
         if is_ended:
             continue
@@ -300,7 +299,7 @@ def tar_members(stream: BinaryIO) -> Iterator[tuple[str, int, Iterator[bytes]]]:
                 yield name, size, blocks
         for _ in blocks:
             pass
-        stream.read(-size % tarfile.BLOCKSIZE)  # what fills the last block
+        stream.read(-size % BLOCK)  # what fills the last block
     if not is_ended:
         raise Damaged("it is cut short")
 
@@ -309,7 +308,7 @@ def is_tar_header(block: bytes) -> bool:
     """Return whether a member of a tar begins with this block, judged by the check sum in it."""
     digits = block[148:156]
     total = sum(block) - sum(digits) + len(digits) * ord(" ")  # the sum is made with blanks in its own place
-    return len(block) == tarfile.BLOCKSIZE and digits.strip(b"\0 ").lstrip(b"0") == b"%o" % total
+    return len(block) == BLOCK and digits.strip(b"\0 ").lstrip(b"0") == b"%o" % total
 
 
 def parse_header(header: bytes, extended: dict[bytes, bytes]) -> tuple[str, int]:
@@ -442,7 +441,7 @@ def extract_all(archives: list[Archive], parts: Path) -> Iterator[tuple[Counter[
     """Yield what came out of each archive, in order, while worker processes write their texts to files in `parts`."""
     # A container may see 64 cores and have two.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(cores, MOST_WORKERS, len(archives))
+    workers = min(cores, 16, len(archives))
     # Processes are spawned, not forked: that is the same on every system, and safe beside threads.
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker) as pool:
         try:
@@ -483,7 +482,10 @@ def outputs_in(folder: Path) -> Iterator[Path]:
     with open(lock_path, "ab") as file:
         try:
             lock(file)
-        except (BlockingIOError, PermissionError):
+            # A run that ended after this file was opened has removed it: then its name leads to another file.
+            if not os.path.samestat(os.fstat(file.fileno()), lock_path.stat()):
+                raise FileNotFoundError
+        except (BlockingIOError, PermissionError, FileNotFoundError):
             raise DataError(f"{folder}: another extraction is at work there; wait for its end") from None
         try:
             shutil.rmtree(temporary, ignore_errors=True)  # what a killed run has left
@@ -497,7 +499,8 @@ def outputs_in(folder: Path) -> Iterator[Path]:
                 os.replace(temporary / name, folder / name)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-            file.close()  # Windows removes no open file, nor one that another run is about to lock
+            if os.name == "nt":
+                file.close()  # Windows removes no open file, nor one that another run is about to lock
             with suppress(PermissionError):
                 lock_path.unlink()
 
@@ -518,20 +521,17 @@ def lock(file: BinaryIO) -> None:
 
 
 def write_sample(folder: Path) -> None:
-    """Pack the Python language reference, which every CPython carries for `help()`, into a tar of plain ASCII texts."""
+    """Write the Python language reference, which every CPython carries for `help()`, as a plain ASCII text."""
     from pydoc_data.topics import topics
 
     # No version of Python has every printable character in its topics. With this text, all have the same vocabulary.
     groups = [string.digits, string.ascii_lowercase, string.ascii_uppercase, string.punctuation]
     characters = "The printable characters of ASCII are the space and these:\n\n   " + "\n   ".join(groups)
     nearest = str.maketrans("\u2018\u2019\u201c\u201d\u2010\u2011\u2012\u2013\u2014\u2212", "''\"\"------")
-    with name_file_in_errors(folder), tarfile.open(folder / "python_reference.tar", "w") as tar:
-        for name, text in [("ascii", characters), *sorted(topics.items())]:
-            text = unicodedata.normalize("NFKD", text.translate(nearest))  # accents apart, an ellipsis as three dots
-            content = re.sub(r"[^\n -~]", "", text).encode()
-            member = tarfile.TarInfo(f"{name}.txt")
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
+    text = "".join(f"{text.rstrip()}\n\n" for text in [characters, *(topics[name] for name in sorted(topics))])
+    text = unicodedata.normalize("NFKD", text.translate(nearest))  # accents apart, an ellipsis as three dots
+    with name_file_in_errors(folder):
+        (folder / "python_reference.txt").write_text(re.sub(r"[^\n -~]", "", text), encoding="ascii", newline="\n")
 
 
 # The command ---------------------------------------------------------------------------------------------------------

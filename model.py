@@ -494,6 +494,8 @@ class StandIn:
     def __init__(self, *_):
         pass
 
+    __setitem__ = append = extend = add = __init__
+
     def __setstate__(self, state) -> None:
         vars(self).update(state if type(state) is dict else {})
 

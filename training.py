@@ -743,9 +743,9 @@ def parse_again(parser: Parser, arguments: list[str] | None, settled: dict, sour
     args = parser.parse_args(arguments)
     before = parser.parse_args(["-device=cpu"])  # the saved one may be missing here
     for name in sorted(settled.keys() - MAY_CHANGE_ON_RESUME):
-        given, value = getattr(args, name), getattr(before, name)
-        if given != value:
-            parser.error(f"argument -{name}: {given} contradicts {source}, which has {value or 'none'}; leave it out")
+        given, value = getattr(args, name), settled[name] or "none"
+        if given != getattr(before, name):
+            parser.error(f"argument -{name}: {given} contradicts {source}, which has {value}; leave it out")
     # A shorter schedule would have had other learning rates in the steps that are done.
     if "max_iters" in settled and args.max_iters < before.max_iters:
         parser.error(f"argument -max_iters: {source} has {before.max_iters}, which may only grow")
@@ -846,11 +846,11 @@ def run_training(settings: Namespace, start: tuple[GPTLanguageModel | None, Voca
     ]
     optimizer, record, files = Optimizer(model, settings), Record(), Files(settings.model)
     run = Run(settings, model, copy.deepcopy(model).eval(), vocabulary, *texts, optimizer, record, files)
-    prepare_folders(files.model, files.state, files.metrics, settings.plot)
     show(describe(run))
     if state:
         restore(run, state)
         show(f"resumed     after step {record.step} of {settings.max_iters}")
+    prepare_folders(files.model, files.state, files.metrics, settings.plot)
     if WORLD_SIZE > 1:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own handler would wait until all processes are there
         if settings.device.type == "cuda":

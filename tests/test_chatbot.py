@@ -79,12 +79,14 @@ def test_seed_and_temperature_decide_the_answer(chat):
     assert re.fullmatch("".join(rf"Completion {n}:\nabc[a-z\s]{{30}}\n" for n in (1, 2, 3)), several)
 
 
-def test_unknown_characters_are_left_out_and_named(chat):
+def test_unknown_characters_are_left_out_and_named(chat, folder):
     done = chat("-prompt", "aÄbÄ🙂c\x1b")
     assert done.stdout.startswith("Completion:\nabc")
     assert done.stderr == r"left out, as the model has never seen them: '\x1b' 'Ä' '🙂'" + "\n"
+    save(folder / "tab.pkl", "\t" + CHARACTERS)
     for prompt in ("", "ÄÖ"):  # with nothing known, an answer goes on from a line end
-        assert re.fullmatch(r"Completion:\n\n[a-z\s]{150}\n", chat("-prompt", prompt).stdout)
+        for flags in ([], ["-model=tab.pkl"]):
+            assert re.fullmatch(r"Completion:\n\n[a-z\s]{150}\n", chat("-prompt", prompt, *flags).stdout)
 
 
 @pytest.mark.parametrize("flags", [(), ("-temperature=0",), ("-top_k=1",), ("-top_k=4",), ("-batch_size=2",)])
@@ -211,7 +213,7 @@ def test_ctrl_c_ends_an_answer_and_at_the_prompt_the_chat(start_script, folder):
         if not typed:  # Python, once it has asked, does not notice a Ctrl-C that comes before it waits for the line
             time.sleep(0.3)
             run.send_signal(signal.SIGINT)
-    assert run.wait(timeout=30) == 0 and run.stderr.read() == "\n(stopped)\n"
+    assert run.wait(timeout=30) == 0 and run.stderr.read() == "(stopped)\n"
     assert os.read(ours, 1000).decode().endswith("\r\n")
     os.close(ours)
 

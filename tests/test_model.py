@@ -9,7 +9,7 @@ import pickle
 import re
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, defaultdict, deque
 from contextlib import suppress
 from pathlib import Path
 
@@ -417,6 +417,8 @@ def test_weights_are_found_where_people_keep_them(model, tmp_path, dump):
     keys = ("model", "model_state_dict", "state_dict")
     contents += [{key: content, **beside} for key in keys for content in contents[:2]]
     contents += [model, torch.nn.DataParallel(model), {"model": model, **beside}]
+    if dump is pickle.dump:  # torch.load refuses these
+        contents += [{"model": model, "losses": filled} for filled in (defaultdict(list, a=[1]), deque([1]))]
     for content in contents:
         with open(tmp_path / "model.pkl", "wb") as file:
             dump(content, file)

@@ -480,7 +480,8 @@ FIXED += ["dropout=0.5", "n_layer=2", "eval_interval=9", "weight_decay=0", "init
 def test_a_flag_that_contradicts_the_saved_run_is_refused(train, texts, finished_run, flag):
     before = read_folder(put(texts, finished_run))
     done = train("-resume", "-model=run.pkl", "-max_iters=3", f"-{flag}", status=2)
-    assert_fails(done, f"argument -{flag.partition('=')[0]}: .* contradicts run.state.pkl", status=2)
+    assert_fails(done, f"argument -{flag.partition('=')[0]}: .* contradicts run.state.pkl, which has ", status=2)
+    assert ("which has 0.0;" in done.stderr) == flag.startswith("dropout")
     assert read_folder(texts) == before
 
 
