@@ -121,7 +121,7 @@ def find_archives(data_dir: Path) -> tuple[list[Archive], Counter[str]]:
 
 def reason_in_name(name: str) -> str:
     """Return why a file or a member of a tar with this name is not part of the corpus, or ""."""
-    if re.search(r"(^|/)\.(?!\.?(/|$))", name):  # hidden, as editors and macOS leave files; "." and ".." are not
+    if re.search(r"(^|/)\.(?!\.?(/|$))", name):  # a part begins with a dot, but is not "." or ".."
         return "passed over (hidden)"
     if name.rpartition("/")[2].lower() in NEVER_CORPUS:
         return "passed over (an output of these scripts, or requirements.txt)"
@@ -184,7 +184,7 @@ class Window:
 
 def read_archive(archive: Archive, counts: Counter[str]) -> Iterator[str]:
     """Yield an archive's text in bounded pieces, and count documents and invalid characters. Raises Damaged."""
-    ending = os.path.splitext(archive.name)[1].lower()
+    ending = Path(archive.name).suffix.lower()
     is_xz = ending == ".xz"
     with name_file_in_errors(archive.path), open(archive.path, "rb") as file:
         file.seek(archive.start)
@@ -201,7 +201,7 @@ def read_archive(archive: Archive, counts: Counter[str]) -> Iterator[str]:
 
 
 def read_plain(ending: str, stream: BinaryIO, counts: Counter[str]) -> Iterator[str]:
-    """Yield a plain text in pieces. `.xz` are shards of one text, a `.txt` ends with a newline. Raises NotText."""
+    """Yield a plain text in pieces. A `.txt` ends with a newline; `.xz` are joined as they are. Raises NotText."""
     last = "\n"
     for text in decode(iter(partial(stream.read, CHUNK), b""), counts, judge_at_end=True):
         yield text
@@ -426,7 +426,7 @@ def extract(archives: list[Archive], passed_over: Counter, folder: Path, skip: b
         if not train["characters"] or not val["characters"]:
             raise DataError("; ".join(["too little text: training and validation both need some; add more", *notes]))
         rare = {c for c, count in seen.items() if count < min_count and not c.isascii()}  # ASCII is never rare
-        kept = seen.keys() - rare | ({REPLACEMENT} if rare else set())  # as which the rare ones are read
+        kept = seen.keys() - rare | ({REPLACEMENT} if rare else set())  # training reads rare ones as that
         with name_file_in_errors(vocab_path), open(vocab_path, "w", encoding="utf-8", newline="") as file:
             file.writelines(f"{character}\n" for character in sorted(kept))
         lines = [f"{'':10} {'documents':>12} {'characters':>16} {'megabytes':>12}"]

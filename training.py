@@ -245,7 +245,7 @@ def get_batch(text: Text, step: int, settings: Namespace) -> tuple[torch.Tensor,
     Seed and step alone decide which rows these are. Each process takes its share of them, B = batch_size / processes.
     """
     ids = text.encode(text.draw(settings.batch_size, [settings.seed, step, TRAIN_ROWS]))
-    is_cuda = settings.device.type == "cuda"  # which copies from pinned memory while it computes
+    is_cuda = settings.device.type == "cuda"  # a GPU copies from pinned memory while it computes
     ids = (ids.pin_memory() if is_cuda else ids).to(settings.device, non_blocking=is_cuda)
     return ids[:, :-1], ids[:, 1:]
 
@@ -822,7 +822,7 @@ def check_together(parser: Parser, args: Namespace) -> None:
 
 
 def new_model(settings: Namespace, old: GPTLanguageModel | None, known: str) -> tuple[GPTLanguageModel, Vocabulary]:
-    """Return a model with random weights, and its vocabulary. An old model's weights stay, as do characters known."""
+    """Return a model and its vocabulary: random weights, or those of an old model that knows the characters `known`."""
     vocabulary = Vocabulary(known + Vocabulary.from_file(settings.data_dir / "vocab.txt").characters)
     torch.manual_seed(settings.seed)
     shape = {name: getattr(settings, name) for name in SHAPE}
