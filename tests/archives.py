@@ -1,4 +1,6 @@
-"""Archives of every kind, sound and damaged, and a second, plain implementation of what should come out of them."""
+"""Archives of every kind, sound and damaged, and a second, plain implementation of what should come
+out of them.
+"""
 
 import io
 import lzma
@@ -9,9 +11,11 @@ from pathlib import Path
 NAMES = ("output_train.txt", "output_val.txt", "vocab.txt")
 
 
-# Making archives -----------------------------------------------------------------------------------------------------
+# Making archives ----------------------------------------------------------------------------------
 
-FOREIGN = "Привет, мир. Γειά σου. 你好，世界。こんにちは。 नमस्ते. שלום. “Quoted” – café. 🙂🚀👩‍👩‍👧𝔘\ufeff"
+FOREIGN = (
+    "Привет, мир. Γειά σου. 你好，世界。こんにちは。 नमस्ते. שלום. “Quoted” – café. 🙂🚀👩‍👩‍👧𝔘\ufeff"
+)
 BOM = "\ufeff".encode()
 TEXT = f"{FOREIGN}\n".encode() * 20
 
@@ -32,7 +36,9 @@ def tar(members: dict[str, bytes] | list, format: int = tarfile.GNU_FORMAT) -> b
     return buffer.getvalue()
 
 
-def member(name: str, kind: bytes = tarfile.REGTYPE, size: int = 0, linkname: str = "") -> tarfile.TarInfo:
+def member(
+    name: str, kind: bytes = tarfile.REGTYPE, size: int = 0, linkname: str = ""
+) -> tarfile.TarInfo:
     info = tarfile.TarInfo(name)
     info.type, info.size, info.linkname = kind, size, linkname
     return info
@@ -55,7 +61,7 @@ def pax(record: bytes, *rest: tuple) -> bytes:
     return tar([(member("pax", tarfile.XHDTYPE, len(record)), record), *rest])
 
 
-# A corpus, in all the ways that it can be packed ---------------------------------------------------------------------
+# A corpus, in all the ways that it can be packed --------------------------------------------------
 
 
 def shards(count: int) -> dict[str, list[bytes]]:
@@ -63,39 +69,54 @@ def shards(count: int) -> dict[str, list[bytes]]:
     generator = random.Random(count)
     return {
         f"urlsf_subset{i % 2:02d}-{i}_data": [
-            f"{i}.{j} {''.join(generator.choices(FOREIGN, k=200))}".encode() + b"\n" * j for j in range(3)
+            f"{i}.{j} {''.join(generator.choices(FOREIGN, k=200))}".encode() + b"\n" * j
+            for j in range(3)
         ]
         for i in range(count)
     }
 
 
 def as_files(corpus: dict[str, list[bytes]], name: str = "openwebtext/{}.xz") -> dict[str, bytes]:
-    packed = {shard: tar({f"{i:07d}.txt": text for i, text in enumerate(texts)}) for shard, texts in corpus.items()}
+    packed = {
+        shard: tar({f"{i:07d}.txt": text for i, text in enumerate(texts)})
+        for shard, texts in corpus.items()
+    }
     return {name.format(shard): xz(data) for shard, data in packed.items()}
 
 
 def as_outer_tars(corpus: dict[str, list[bytes]]) -> dict[str, bytes]:
     files = as_files(corpus)
     names = ["subset00", "subset01"]
-    return {f"{outer}.tar": tar({name: data for name, data in files.items() if outer in name}) for outer in names}
+    return {
+        f"{outer}.tar": tar({name: data for name, data in files.items() if outer in name})
+        for outer in names
+    }
 
 
 NESTINGS = {
     "xz files": as_files,
-    "xz files at depth": lambda corpus: as_files(corpus, "{0[15]}/deep/{0}.xz"),  # folders in an order of their own
+    "xz files at depth": lambda corpus: as_files(
+        corpus, "{0[15]}/deep/{0}.xz"
+    ),  # folders in an order of their own
     "outer tars": as_outer_tars,
-    "outer tars at depth": lambda corpus: {f"down/here/{name}": data for name, data in as_outer_tars(corpus).items()},
+    "outer tars at depth": lambda corpus: {
+        f"down/here/{name}": data for name, data in as_outer_tars(corpus).items()
+    },
     "tar.xz files": lambda corpus: as_files(corpus, "{}.tar.xz"),
     "tars and files": lambda corpus: {
         **{name: data for name, data in as_files(corpus).items() if "subset00" in name},
         **{name: data for name, data in as_outer_tars(corpus).items() if "subset01" in name},
     },
-    "plain text": lambda corpus: {f"{name}.txt": documents(texts).encode() for name, texts in corpus.items()},
-    "packed text": lambda corpus: {f"{name}.xz": xz(documents(texts).encode()) for name, texts in corpus.items()},
+    "plain text": lambda corpus: {
+        f"{name}.txt": documents(texts).encode() for name, texts in corpus.items()
+    },
+    "packed text": lambda corpus: {
+        f"{name}.xz": xz(documents(texts).encode()) for name, texts in corpus.items()
+    },
 }
 
 
-# Other data than text ------------------------------------------------------------------------------------------------
+# Other data than text -----------------------------------------------------------------------------
 
 NOT_TEXT = {
     "PNG": b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + bytes(range(100)),
@@ -110,11 +131,13 @@ NOT_TEXT = {
 }
 
 
-# What should come out, and what did ----------------------------------------------------------------------------------
+# What should come out, and what did ---------------------------------------------------------------
 
 
 def plain(data: bytes) -> str:
-    return data.removeprefix(BOM).decode("utf-8", "replace").replace("\r\n", "\n").replace("\r", "\n")
+    return (
+        data.removeprefix(BOM).decode("utf-8", "replace").replace("\r\n", "\n").replace("\r", "\n")
+    )
 
 
 def text_file(data: bytes) -> str:
@@ -124,7 +147,9 @@ def text_file(data: bytes) -> str:
 
 
 def documents(contents: list[bytes]) -> str:
-    return "".join(text + "\n\n" for text in (plain(content).rstrip("\n") for content in contents) if text)
+    return "".join(
+        text + "\n\n" for text in (plain(content).rstrip("\n") for content in contents) if text
+    )
 
 
 def three_files(texts: list[str]) -> list[bytes]:
@@ -140,9 +165,11 @@ def read_three(folder: Path) -> list[bytes]:
     return [(folder / name).read_bytes() for name in NAMES]
 
 
-# Damage --------------------------------------------------------------------------------------------------------------
+# Damage -------------------------------------------------------------------------------------------
 
-NOISE = random.Random(1).randbytes(15_000).hex().encode()  # hardly compressible, so that damage falls into data
+NOISE = (
+    random.Random(1).randbytes(15_000).hex().encode()
+)  # hardly compressible, so that damage falls into data
 PACKED = xz(tar({"a.txt": NOISE, "b.txt": NOISE}))
 SHORT = xz(tar({"a.txt": b"a" * 700}))
 OUTER = tar({"x/1.xz": SHORT, "x/2.xz": SHORT, "x/3.xz": SHORT})

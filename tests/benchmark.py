@@ -1,15 +1,17 @@
-"""Measure speed against the plain form in reference.py, or nanoGPT, and against what the machine can do at best.
+"""Measure speed against the plain form in reference.py, or nanoGPT, and against what the machine
+can do at best.
 
-    python tests/benchmark.py                                 all quick rows in one table, in a few minutes
-    python tests/benchmark.py -only step                      one row
-    python tests/benchmark.py -only gpu                       the rows for a GPU
-    python tests/benchmark.py -only step -nanogpt ../nanoGPT  against nanoGPT, a clone of it
-    python tests/benchmark.py -only learning -data_dir shakespeare    on another text
+    python tests/benchmark.py                                 all quick rows in one table, in a few
+    minutes python tests/benchmark.py -only step                      one row python
+    tests/benchmark.py -only gpu                       the rows for a GPU python tests/benchmark.py
+    -only step -nanogpt ../nanoGPT  against nanoGPT, a clone of it python tests/benchmark.py -only
+    learning -data_dir shakespeare    on another text
 
-A training step is timed in `training.train`, the loop that runs in training. Both sides of a row run in turn,
-A B A B ..., in one process, so the ratio is fair even if the speed of the machine drifts. Figures are medians; the
-ratio is the median of the pairs' ratios, with the lowest and the highest. On a machine with a GPU, steps and generation
-are measured on it (CUDA_VISIBLE_DEVICES= hides it).
+A training step is timed in `training.train`, the loop that runs in training. Both sides of a row
+run in turn, A B A B ..., in one process, so the ratio is fair even if the speed of the machine
+drifts. Figures are medians; the ratio is the median of the pairs' ratios, with the lowest and the
+highest. On a machine with a GPU, steps and generation are measured on it (CUDA_VISIBLE_DEVICES=
+hides it).
 """
 
 import argparse
@@ -46,7 +48,14 @@ SHAPES = {
     "small": ["-batch_size=12", "-n_embd=128", "-block_size=64", "-dropout=0"],
     # nanoGPT's, for a GPU
     "shakespeare": ["-batch_size=64", "-n_head=6", "-n_layer=6", "-block_size=256", "-dropout=0.2"],
-    "large": ["-batch_size=32", "-n_embd=768", "-n_head=12", "-n_layer=12", "-block_size=1024", "-dropout=0"],
+    "large": [
+        "-batch_size=32",
+        "-n_embd=768",
+        "-n_head=12",
+        "-n_layer=12",
+        "-block_size=1024",
+        "-dropout=0",
+    ],
 }
 TARGET = 1.898  # the loss that nanoGPT ends with on tiny Shakespeare, in the small shape, after its 2000 steps
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -71,8 +80,12 @@ def seconds(work: Callable[[], object]) -> float:
     return now() - started
 
 
-def in_turn(ours: Callable[[], float], theirs: Callable[[], float], pairs: int) -> tuple[float, float, list[float]]:
-    """Return the median seconds of each side, and the ratios theirs/ours of all pairs. The sides time themselves."""
+def in_turn(
+    ours: Callable[[], float], theirs: Callable[[], float], pairs: int
+) -> tuple[float, float, list[float]]:
+    """Return the median seconds of each side, and the ratios theirs/ours of all pairs. The sides
+    time themselves.
+    """
     times = [(ours(), theirs()) for _ in range(pairs)]
     mine, other = (statistics.median(side) for side in zip(*times))
     return mine, other, [b / a for a, b in times]
@@ -93,7 +106,7 @@ def row(name: str, ours: str, reference: str, ratio: str, note: str = "") -> Non
     print(f"| {name} | {ours} | {reference} | {ratio} | {note} |", flush=True)
 
 
-# Training ------------------------------------------------------------------------------------------------------------
+# Training -----------------------------------------------------------------------------------------
 
 
 def matmul_rate(dtype: torch.dtype) -> float:
@@ -107,10 +120,11 @@ def matmul_rate(dtype: torch.dtype) -> float:
 
 
 class Stopwatch:
-    """Takes the place of Interruption, which the loop asks before each step: times some steps and ends the loop.
+    """Takes the place of Interruption, which the loop asks before each step: times some steps and
+    ends the loop.
 
-    The first step is not timed, since it warms up and shows the progress. On a GPU, time is taken only when all work
-    is done, so the steps between may overlap as they do in training.
+    The first step is not timed, since it warms up and shows the progress. On a GPU, time is taken
+    only when all work is done, so the steps between may overlap as they do in training.
     """
 
     def __init__(self, steps: int):
@@ -132,7 +146,12 @@ class Stopwatch:
 
 def begin(shape: str, dtype: torch.dtype, optimizer: str, folder: Path) -> training.Run:
     """Return a run of this shape that is never evaluated or saved."""
-    flags = [*SHAPES[shape], f"-device={DEVICE}", f"-dtype={name_of(dtype)}", f"-optimizer={optimizer}"]
+    flags = [
+        *SHAPES[shape],
+        f"-device={DEVICE}",
+        f"-dtype={name_of(dtype)}",
+        f"-optimizer={optimizer}",
+    ]
     flags += [f"-data_dir={folder}", "-max_iters=1000000", "-eval_interval=1000000"]
     return new_run(settings_with(flags))
 
@@ -162,7 +181,9 @@ def load_nanogpt(folder: Path) -> ModuleType:
 
 
 def reference(config: dict) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    """Return the tutorial's model and optimizer, or nanoGPT's, compiled on a GPU as it is by default."""
+    """Return the tutorial's model and optimizer, or nanoGPT's, compiled on a GPU as it is by
+    default.
+    """
     if nanogpt is None:
         model = PlainGPT(**config).to(DEVICE)
         return model, torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -179,7 +200,9 @@ def reference_dtype() -> torch.autocast:
     return torch.autocast(DEVICE.type, FAST, enabled=nanogpt is not None and DEVICE.type == "cuda")
 
 
-def cut_batch(data: torch.Tensor, batch_size: int, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def cut_batch(
+    data: torch.Tensor, batch_size: int, block_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return random rows of encoded text, cut in a loop as the tutorial and nanoGPT do it."""
     starts = torch.randint(len(data) - block_size, (batch_size,))
     x = torch.stack([data[i : i + block_size] for i in starts])
@@ -210,7 +233,9 @@ def reference_step(config: dict, batch_size: int) -> Callable[[], float]:
     return step
 
 
-def measure_step(shape: str, dtype: torch.dtype, optimizer: str, folder: Path, pairs: int, steps: int) -> None:
+def measure_step(
+    shape: str, dtype: torch.dtype, optimizer: str, folder: Path, pairs: int, steps: int
+) -> None:
     """Time `pairs` blocks of `steps` steps of each side, in turn."""
     run = begin(shape, dtype, optimizer, folder)
     batch_size, config = run.settings.batch_size, run.model.config
@@ -220,7 +245,9 @@ def measure_step(shape: str, dtype: torch.dtype, optimizer: str, folder: Path, p
         lambda: time_our_steps(run, steps), lambda: time_their_steps(their_step, steps), pairs
     )
     rate = max(rate, matmul_rate(dtype))
-    attention = 12 * config["n_layer"] * config["n_embd"] * config["block_size"]  # per token, see PaLM, appendix B
+    attention = (
+        12 * config["n_layer"] * config["n_embd"] * config["block_size"]
+    )  # per token, see PaLM, appendix B
     weights = sum(p.numel() for p in run.model.parameters())
     flops = (6 * weights + attention) * batch_size * config["block_size"] / mine
     note = f"{flops / 1e9:.0f} GFLOP/s, {flops / rate:.0%} of the {rate / 1e9:.0f} of a matmul"
@@ -248,7 +275,7 @@ def step_gpu(folder: Path) -> None:
         measure_step(shape, FAST, "adamw", folder, pairs=5, steps=10)
 
 
-# Learning ------------------------------------------------------------------------------------------------------------
+# Learning -----------------------------------------------------------------------------------------
 
 
 def learn(folder: Path, optimizer: str, max_iters: int) -> tuple[float, float]:
@@ -256,7 +283,12 @@ def learn(folder: Path, optimizer: str, max_iters: int) -> tuple[float, float]:
 
     Return the loss on the whole validation text, and the seconds for training.
     """
-    flags = [*SHAPES["small"], f"-device={DEVICE}", f"-optimizer={optimizer}", f"-max_iters={max_iters}"]
+    flags = [
+        *SHAPES["small"],
+        f"-device={DEVICE}",
+        f"-optimizer={optimizer}",
+        f"-max_iters={max_iters}",
+    ]
     flags += [f"-eval_interval={max_iters}", f"-data_dir={folder}"]
     run = new_run(settings_with([*flags, f"-model={folder / 'learnt.pkl'}"]))
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
@@ -267,25 +299,35 @@ def learn(folder: Path, optimizer: str, max_iters: int) -> tuple[float, float]:
 
 
 def learning(folder: Path) -> None:
-    """Find the shortest schedule that comes to the loss of nanoGPT's own recipe for a CPU, and its seconds."""
+    """Find the shortest schedule that comes to the loss of nanoGPT's own recipe for a CPU, and its
+    seconds.
+    """
     for optimizer in training.LEARNING_RATES:
         for max_iters in (400, 500, 600, 700, 850, 1000, 1400, 2000):
             loss, ours = learn(folder, optimizer, max_iters)
             if loss <= TARGET:
                 break
-        row(f"loss {TARGET}, small shape, {optimizer}", f"{max_iters} steps, {ours:.1f} s", "2000 steps", "")
+        row(
+            f"loss {TARGET}, small shape, {optimizer}",
+            f"{max_iters} steps, {ours:.1f} s",
+            "2000 steps",
+            "",
+        )
 
 
-# Generating ----------------------------------------------------------------------------------------------------------
+# Generating ---------------------------------------------------------------------------------------
 
 
-def measure_generation(name: str, dtype: torch.dtype, sequences: int, tokens: int, pairs: int) -> None:
+def measure_generation(
+    name: str, dtype: torch.dtype, sequences: int, tokens: int, pairs: int
+) -> None:
     ours = GPTLanguageModel(vocab_size=100).eval().to(DEVICE, dtype)
     theirs, _ = reference(ours.config)
     theirs.eval()
     prompt = torch.zeros(sequences, 1, dtype=torch.long, device=DEVICE)
     block_size, few = ours.block_size, tokens // 10
-    # The others run the whole context for every token. A tenth of the tokens, around the mean context, will do.
+    # The others run the whole context for every token. A tenth of the tokens, around the mean
+    # context, will do.
     mean_context = statistics.mean(min(t, block_size) for t in range(1, tokens + 1))
     context = torch.zeros(sequences, int(mean_context - few / 2), dtype=torch.long, device=DEVICE)
 
@@ -309,11 +351,13 @@ def generate16(folder: Path) -> None:
         measure_generation("generate 150 tokens, 16 sequences", dtype, 16, 150, pairs=5)
 
 
-# Extracting ----------------------------------------------------------------------------------------------------------
+# Extracting ---------------------------------------------------------------------------------------
 
 
 def write_archives(folder: Path, megabytes: int) -> list[Path]:
-    """Write archives of OpenWebText's shape, made of Python's own source: .xz of tars of 400 documents, 2 MB each."""
+    """Write archives of OpenWebText's shape, made of Python's own source: .xz of tars of 400
+    documents, 2 MB each.
+    """
     sources = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     text = "".join(path.read_text(encoding="utf-8") for path in sources)
     paths, distinct = [], 8
@@ -340,7 +384,14 @@ def extract(folder: Path) -> None:
     archives.mkdir()
     output.mkdir()
     paths = write_archives(archives, 64)
-    command = [sys.executable, str(ROOT / "data_extract.py"), "-data_dir", str(archives), "-output_dir", str(output)]
+    command = [
+        sys.executable,
+        str(ROOT / "data_extract.py"),
+        "-data_dir",
+        str(archives),
+        "-output_dir",
+        str(output),
+    ]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     cores = os.cpu_count()
 
@@ -348,18 +399,28 @@ def extract(folder: Path) -> None:
         running = []
         for core in range(cores):
             with open(output / f"{core}.txt", "wb") as file:
-                running.append(subprocess.Popen(["xz", "-dc", *map(str, paths[core::cores])], stdout=file))
+                running.append(
+                    subprocess.Popen(["xz", "-dc", *map(str, paths[core::cores])], stdout=file)
+                )
         for process in running:
             assert process.wait() == 0
 
     if shutil.which("xz") is None:
         raise SystemExit("extract: install xz to compare with")
-    mine, other, ratios = work_in_turn(lambda: subprocess.run(command, check=True, **quiet), unpack_on_all_cores, 7)
+    mine, other, ratios = work_in_turn(
+        lambda: subprocess.run(command, check=True, **quiet), unpack_on_all_cores, 7
+    )
     against = f"xz -dc on {cores} cores"
-    row("extract 64 MB of OpenWebText's shape", f"{mine:.2f} s", f"{other:.2f} s", spread(ratios), against)
+    row(
+        "extract 64 MB of OpenWebText's shape",
+        f"{mine:.2f} s",
+        f"{other:.2f} s",
+        spread(ratios),
+        against,
+    )
 
 
-# The table -----------------------------------------------------------------------------------------------------------
+# The table ----------------------------------------------------------------------------------------
 
 QUICK = (step, step_small, step_float32, generate, generate16, extract)
 GPU = (step_gpu, generate, generate16)
@@ -370,7 +431,12 @@ ROWS["gpu"] = GPU
 def provide_text(folder: Path, data_dir: Path | None) -> None:
     """Put the three files of `data_dir` into the folder, or those of the built-in sample."""
     if data_dir is None:
-        subprocess.run([sys.executable, str(ROOT / "data_extract.py")], cwd=folder, check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, str(ROOT / "data_extract.py")],
+            cwd=folder,
+            check=True,
+            capture_output=True,
+        )
     else:
         for name in ("output_train.txt", "output_val.txt", "vocab.txt"):
             shutil.copyfile(data_dir / name, folder / name)
@@ -379,14 +445,24 @@ def provide_text(folder: Path, data_dir: Path | None) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("-only", choices=ROWS, help="measure this row alone, or those for a GPU")
-    parser.add_argument("-data_dir", type=Path, help="folder with the three files of a text; else, the built-in sample")
-    parser.add_argument("-nanogpt", type=Path, help="clone of nanoGPT, to compare steps and generation with")
+    parser.add_argument(
+        "-data_dir",
+        type=Path,
+        help="folder with the three files of a text; else, the built-in sample",
+    )
+    parser.add_argument(
+        "-nanogpt", type=Path, help="clone of nanoGPT, to compare steps and generation with"
+    )
     args = parser.parse_args()
     if args.only == "gpu" and DEVICE.type != "cuda":
         parser.error("argument -only: gpu needs a GPU, and there is none here")
     global nanogpt
     nanogpt = load_nanogpt(args.nanogpt) if args.nanogpt else None
-    machine = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{torch.get_num_threads()} threads"
+    machine = (
+        torch.cuda.get_device_name()
+        if DEVICE.type == "cuda"
+        else f"{torch.get_num_threads()} threads"
+    )
     print(f"{machine}, torch {torch.__version__}, Python {sys.version.split()[0]}\n")
     print("| work | this | reference | ratio reference/this | |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,8 @@
-"""What the tests of all scripts share: making texts, running a script as a person does, and judging how it ended.
+"""What the tests of all scripts share: making texts, running a script as a person does, and judging
+how it ended.
 
-A script runs in a process of its own where processes, signals or files of the system matter, and else in this one,
-since it takes seconds to start. Both ways give a CompletedProcess.
+A script runs in a process of its own where processes, signals or files of the system matter, and
+else in this one, since it takes seconds to start. Both ways give a CompletedProcess.
 """
 
 import csv
@@ -26,18 +27,34 @@ from model import GPTLanguageModel
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"data_extract.py": data_extract, "training.py": training, "chatbot.py": chatbot}
-TINY = ["-batch_size=4", "-block_size=8", "-n_embd=16", "-n_head=2", "-n_layer=1", "-eval_iters=2", "-device=cpu"]
+TINY = [
+    "-batch_size=4",
+    "-block_size=8",
+    "-n_embd=16",
+    "-n_head=2",
+    "-n_layer=1",
+    "-eval_iters=2",
+    "-device=cpu",
+]
 PROGRESS = r"extracting|replacing|loss|\s*\d+%"
 NOTICES = "no openwebtext|passed over|left out|.*there is no run to go on with"
 
-posix = pytest.mark.skipif(os.name != "posix", reason="POSIX links, limits, devices and permissions")
+posix = pytest.mark.skipif(
+    os.name != "posix", reason="POSIX links, limits, devices and permissions"
+)
 signals = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals to send")
-linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes through /proc")
+linux = pytest.mark.skipif(
+    not Path("/proc/self/stat").exists(), reason="looks at processes through /proc"
+)
 
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as when a shell starts pytest in the background
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # or the scripts would not see a Ctrl-C either
+if (
+    signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+):  # as when a shell starts pytest in the background
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # or the scripts would not see a Ctrl-C either
 
-# Files ---------------------------------------------------------------------------------------------------------------
+# Files --------------------------------------------------------------------------------------------
 
 
 def put(folder: Path, files: dict[str, bytes]) -> Path:
@@ -49,11 +66,19 @@ def put(folder: Path, files: dict[str, bytes]) -> Path:
 
 
 def read_folder(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
-def write_texts(folder: Path, train: str | None = None, val: str | None = None, vocabulary: str = "") -> Path:
-    """Write the three files that training.py reads. By default, the texts are easy to learn for the TINY shape."""
+def write_texts(
+    folder: Path, train: str | None = None, val: str | None = None, vocabulary: str = ""
+) -> Path:
+    """Write the three files that training.py reads. By default, the texts are easy to learn for the
+    TINY shape.
+    """
     if train is None:
         train, val = "the cat sat on the mat\n" * 200, val or "the mat sat on the cat\n" * 20
     texts = {"output_train.txt": train, "output_val.txt": val or train}
@@ -78,19 +103,31 @@ def finished_run(tmp_path_factory) -> dict[str, bytes]:
     folder = write_texts(tmp_path_factory.mktemp("run"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        assert training.run_training(*training.parse_args([*TINY, "-max_iters=2", "-model=run.pkl"])) == 0
+        assert (
+            training.run_training(*training.parse_args([*TINY, "-max_iters=2", "-model=run.pkl"]))
+            == 0
+        )
     return read_folder(folder)
 
 
-# Running a script ----------------------------------------------------------------------------------------------------
+# Running a script ---------------------------------------------------------------------------------
 
 
 def popen_options(name: str, args: tuple, cwd: Path, processes: int = 1) -> dict:
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return {
-        "args": [sys.executable, *(torchrun if processes > 1 else []), str(ROOT / name), *map(str, args)],
+        "args": [
+            sys.executable,
+            *(torchrun if processes > 1 else []),
+            str(ROOT / name),
+            *map(str, args),
+        ],
         "cwd": cwd,
-        "env": {**os.environ, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"},  # fast enough for tiny models
+        "env": {
+            **os.environ,
+            "PYTHONIOENCODING": "utf-8",
+            "OMP_NUM_THREADS": "1",
+        },  # fast enough for tiny models
         "encoding": "utf-8",
         "stdout": subprocess.PIPE,
         "stderr": subprocess.PIPE,
@@ -99,23 +136,33 @@ def popen_options(name: str, args: tuple, cwd: Path, processes: int = 1) -> dict
 
 @pytest.fixture
 def run_script(tmp_path):
-    """`run_script("chatbot.py", "-top_k", 3, cwd=..., stdin="...")` runs it to its end, in its own process."""
+    """`run_script("chatbot.py", "-top_k", 3, cwd=..., stdin="...")` runs it to its end, in its own
+    process.
+    """
 
-    def run(name: str, *args, cwd: Path = tmp_path, stdin: str = "", timeout: float = 60, **options):
-        return subprocess.run(**popen_options(name, args, cwd), input=stdin, timeout=timeout, **options)
+    def run(
+        name: str, *args, cwd: Path = tmp_path, stdin: str = "", timeout: float = 60, **options
+    ):
+        return subprocess.run(
+            **popen_options(name, args, cwd), input=stdin, timeout=timeout, **options
+        )
 
     return run
 
 
 @pytest.fixture
 def start_script(tmp_path):
-    """`start_script("training.py", ...)` starts it in a process group of its own and gives the Popen, for signals.
+    """`start_script("training.py", ...)` starts it in a process group of its own and gives the
+    Popen, for signals.
 
-    With `processes=2`, torchrun starts it twice. What is left of the group is killed when the test ends.
+    With `processes=2`, torchrun starts it twice. What is left of the group is killed when the test
+    ends.
     """
     started = []
 
-    def start(name: str, *args, cwd: Path = tmp_path, processes: int = 1, **options) -> subprocess.Popen:
+    def start(
+        name: str, *args, cwd: Path = tmp_path, processes: int = 1, **options
+    ) -> subprocess.Popen:
         options = {"stdin": subprocess.DEVNULL, "start_new_session": True, **options}
         process = subprocess.Popen(**popen_options(name, args, cwd, processes) | options)
         started.append((process, processes, threading.Timer(600, process.kill)))
@@ -137,13 +184,17 @@ def start_script(tmp_path):
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Use one thread, as the processes do: more are no faster for tiny models, and far slower on a busy machine."""
+    """Use one thread, as the processes do: more are no faster for tiny models, and far slower on a
+    busy machine.
+    """
     torch.set_num_threads(1)
 
 
 @pytest.fixture
 def extract_here(monkeypatch):
-    """Let archives be extracted in this process, since others would not see what a test has changed."""
+    """Let archives be extracted in this process, since others would not see what a test has
+    changed.
+    """
 
     def extract_all(archives, parts):
         for index, archive in enumerate(archives):
@@ -154,19 +205,34 @@ def extract_here(monkeypatch):
 
 @pytest.fixture
 def short_samples(monkeypatch):
-    """Let the model write 8 characters after each evaluation, not 160, which take most of the time of a tiny run."""
+    """Let the model write 8 characters after each evaluation, not 160, which take most of the time
+    of a tiny run.
+    """
     generate = GPTLanguageModel.generate
-    monkeypatch.setattr(GPTLanguageModel, "generate", lambda *args, **options: generate(*args[:2], 8, **options))
+    monkeypatch.setattr(
+        GPTLanguageModel, "generate", lambda *args, **options: generate(*args[:2], 8, **options)
+    )
 
 
 @pytest.fixture
 def run_main(tmp_path, monkeypatch, extract_here):
-    """`run_main("chatbot.py", "-top_k", 3, stdin=..., stdout=...)` runs a script's main() in this process."""
-    handlers = {number: signal.getsignal(number) for number in (2, 15, getattr(signal, "SIGHUP", 2))}
+    """`run_main("chatbot.py", "-top_k", 3, stdin=..., stdout=...)` runs a script's main() in this
+    process.
+    """
+    handlers = {
+        number: signal.getsignal(number) for number in (2, 15, getattr(signal, "SIGHUP", 2))
+    }
 
     def run(name: str, *args, cwd: Path = tmp_path, **streams) -> subprocess.CompletedProcess:
-        modes = {"stdin": "strict", "stdout": "strict", "stderr": "backslashreplace"}  # as Python has it
-        own = {name: io.TextIOWrapper(io.BytesIO(), "utf-8", mode, write_through=True) for name, mode in modes.items()}
+        modes = {
+            "stdin": "strict",
+            "stdout": "strict",
+            "stderr": "backslashreplace",
+        }  # as Python has it
+        own = {
+            name: io.TextIOWrapper(io.BytesIO(), "utf-8", mode, write_through=True)
+            for name, mode in modes.items()
+        }
         arguments = [name, *map(str, args)]
         with monkeypatch.context() as patch:
             patch.chdir(cwd)
@@ -177,7 +243,10 @@ def run_main(tmp_path, monkeypatch, extract_here):
                 status = SCRIPTS[name].main()
             except SystemExit as end:
                 status = end.code
-        shown = (own[stream].buffer.getvalue().decode("utf-8", "replace") for stream in ("stdout", "stderr"))
+        shown = (
+            own[stream].buffer.getvalue().decode("utf-8", "replace")
+            for stream in ("stdout", "stderr")
+        )
         return subprocess.CompletedProcess(arguments, status, *shown)
 
     yield run
@@ -185,16 +254,22 @@ def run_main(tmp_path, monkeypatch, extract_here):
         signal.signal(number, handler)
 
 
-# How it goes and how it ends -----------------------------------------------------------------------------------------
+# How it goes and how it ends ----------------------------------------------------------------------
 
 
 def notices(errors: str) -> list[str]:
     """The lines on standard error but those of progress bars."""
-    return [line for line in re.split(r"[\r\n]+", errors) if line.strip() and not re.match(PROGRESS, line)]
+    return [
+        line
+        for line in re.split(r"[\r\n]+", errors)
+        if line.strip() and not re.match(PROGRESS, line)
+    ]
 
 
 def assert_fails(result: subprocess.CompletedProcess, message: str, status: int = 1) -> None:
-    """Check that a run ended with this status and, after notices, one line with this message (a pattern)."""
+    """Check that a run ended with this status and, after notices, one line with this message (a
+    pattern).
+    """
     assert result.returncode == status, result.stderr
     script = next(Path(arg).name for arg in result.args if arg.endswith(".py"))
     *before, line = notices(result.stderr)

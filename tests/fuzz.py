@@ -1,8 +1,9 @@
-"""Read model files as the scripts do, in a process of its own, since a bad file may hang, crash or fill the memory.
+"""Read model files as the scripts do, in a process of its own, since a bad file may hang, crash or
+fill the memory.
 
-`python fuzz.py FOLDER [FIRST COUNT]` prints a line of JSON for each file in the folder: its name, what came of it, and
-the seconds it took. With FIRST and COUNT, that many mutated files follow; `mutate` makes one for each number. A file
-that takes too long ends the process.
+`python fuzz.py FOLDER [FIRST COUNT]` prints a line of JSON for each file in the folder: its name,
+what came of it, and the seconds it took. With FIRST and COUNT, that many mutated files follow;
+`mutate` makes one for each number. A file that takes too long ends the process.
 """
 
 import faulthandler
@@ -36,7 +37,9 @@ def mutate_bytes(data: bytes, random: random.Random) -> bytes:
         elif kind == "flip" and start < len(data):
             data[start] ^= 1 << random.randrange(8)
         elif kind == "overwrite":
-            data[start : start + length] = random.choice((bytes(length), b"\xff" * length, random.randbytes(length)))
+            data[start : start + length] = random.choice(
+                (bytes(length), b"\xff" * length, random.randbytes(length))
+            )
         elif kind == "insert":
             data[start:start] = random.randbytes(length)
         elif kind == "remove":
@@ -45,7 +48,9 @@ def mutate_bytes(data: bytes, random: random.Random) -> bytes:
 
 
 def mutate(data: bytes, number: int) -> bytes:
-    """Return the mutation of this number. Most archives are mutated inside, so that their check sums are right."""
+    """Return the mutation of this number. Most archives are mutated inside, so that their check
+    sums are right.
+    """
     chance = random.Random(number)
     if not data.startswith(b"PK") or chance.random() < 0.2:
         return mutate_bytes(data, chance)
@@ -63,7 +68,11 @@ def mutate(data: bytes, number: int) -> bytes:
 
 def load(path: Path) -> None:
     """Load and use a model as chatbot.py does."""
-    given = Vocabulary.from_file(path.with_name("vocab.txt")) if path.with_name("vocab.txt").exists() else None
+    given = (
+        Vocabulary.from_file(path.with_name("vocab.txt"))
+        if path.with_name("vocab.txt").exists()
+        else None
+    )
     model, vocabulary = load_model(path, vocabulary=given)
     text = model.generate(torch.zeros(1, 1, dtype=torch.long), 3, temperature=1.0)
     assert len(vocabulary.decode(text[0].tolist())) == 4
@@ -73,8 +82,12 @@ def resume(path: Path) -> None:
     """Go on with a run for one step, as training.py does."""
     folder = path.parent
     name = path.name.removesuffix(".state.pkl") + ".pkl"
-    settings, start = training.parse_args(["-resume", "-model", str(folder / name), "-data_dir", str(folder)])
-    vars(settings).update(batch_size=4, eval_iters=1, max_iters=10**9, eval_interval=10**9)  # however many
+    settings, start = training.parse_args(
+        ["-resume", "-model", str(folder / name), "-data_dir", str(folder)]
+    )
+    vars(settings).update(
+        batch_size=4, eval_iters=1, max_iters=10**9, eval_interval=10**9
+    )  # however many
     run = new_run(settings, start)
     training.restore(run, start[-1])
     training.train(run, Steps(1))

@@ -1,4 +1,6 @@
-"""Model files as a stranger might send them: pickles that call something when they are read, and impossible ones."""
+"""Model files as a stranger might send them: pickles that call something when they are read, and
+impossible ones.
+"""
 
 import copyreg
 import functools
@@ -16,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-# Calls ---------------------------------------------------------------------------------------------------------------
+# Calls --------------------------------------------------------------------------------------------
 
 
 class Call:
@@ -51,11 +53,13 @@ def calls(folder: Path) -> dict[str, Call]:
         "torch.hub.load": Call(partial(torch.hub.load, source="local"), str(folder), "make"),
         "partial": Call(functools.reduce, partial(exec), [code, {}]),
         "attrgetter": Call(map, Call(operator.attrgetter("touch"), folder / "ran"), [0o600]),
-        "_reconstructor": Call(map, Call(getattr, Call(copyreg._reconstructor, Runner, object, None), "run"), [code]),
+        "_reconstructor": Call(
+            map, Call(getattr, Call(copyreg._reconstructor, Runner, object, None), "run"), [code]
+        ),
     }
 
 
-# Archives ------------------------------------------------------------------------------------------------------------
+# Archives -----------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -69,7 +73,11 @@ class Stored:
 
 class ArchivePickler(pickle.Pickler):
     def persistent_id(self, item):
-        return ("storage", item.kind, item.key, "cpu", item.count) if isinstance(item, Stored) else None
+        return (
+            ("storage", item.kind, item.key, "cpu", item.count)
+            if isinstance(item, Stored)
+            else None
+        )
 
 
 def as_pickle(content, protocol: int = 2) -> bytes:
@@ -82,14 +90,21 @@ def as_archive(pickled: bytes, *members: tuple[str, bytes]) -> bytes:
     """Return what torch.save makes of a pickle; storage 0 has 16 float32."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
-        standard = (("m/data.pkl", pickled), ("m/version", b"3\n"), ("m/byteorder", b"little"), ("m/data/0", bytes(64)))
+        standard = (
+            ("m/data.pkl", pickled),
+            ("m/version", b"3\n"),
+            ("m/byteorder", b"little"),
+            ("m/data/0", bytes(64)),
+        )
         for name, content in (*standard, *members):
             archive.writestr(name, content)
     return file.getvalue()
 
 
 def as_storage(pickled: bytes) -> bytes:
-    """Return a storage, as in a bare pickle, that holds this pickle where its type and size should be."""
+    """Return a storage, as in a bare pickle, that holds this pickle where its type and size should
+    be.
+    """
     inner = b"".join(as_pickle(part) for part in (0x1950A86A20F9469CFC6C, 1001, {}))
     return as_pickle(Call(torch.storage._load_from_bytes, inner + pickled), 4)
 
@@ -99,7 +114,7 @@ def one_weight(size=(16,), stride=(1,), start=0, storage=Stored()) -> bytes:  # 
     return as_archive(as_pickle({"token_embedding_table.weight": tensor}))
 
 
-# Pickles written by hand ---------------------------------------------------------------------------------------------
+# Pickles written by hand --------------------------------------------------------------------------
 
 
 def text(characters: str) -> bytes:
@@ -123,9 +138,20 @@ def build(target: bytes, name: str, value: bytes) -> bytes:
 # Nothing of this may change what a later file is read with, or get at anything that runs code.
 ATTACKS = {
     "a dotted name": b"\x80\x04" + text("__main__") + text("Head.__init__.__globals__") + b"\x93.",
-    "in a known function": b"\x80\x04" + text("torch.storage") + text("_load_from_bytes.__globals__") + b"\x93.",
-    "a name of model.py": b"\x80\x04" + text("model") + text("atomic_write") + text("x") + b"\x85R.",
-    "a method of a harmless class": b"\x80\x04" + text("pathlib") + text("Path.unlink") + text("x") + b"\x85R.",
+    "in a known function": b"\x80\x04"
+    + text("torch.storage")
+    + text("_load_from_bytes.__globals__")
+    + b"\x93.",
+    "a name of model.py": b"\x80\x04"
+    + text("model")
+    + text("atomic_write")
+    + text("x")
+    + b"\x85R.",
+    "a method of a harmless class": b"\x80\x04"
+    + text("pathlib")
+    + text("Path.unlink")
+    + text("x")
+    + b"\x85R.",
     "the state of a class": build(HEAD, "__setstate__", LOADER),
     "the methods of an instance": build(STAND_IN, "__setstate__", LOADER)[:-1] + b"}b.",
     "the class of an instance": build(STAND_IN, "__class__", b"ccollections\nOrderedDict\n"),
@@ -137,7 +163,9 @@ ATTACKS = {
     "a registered extension": b"\x80\x04\x82\x01.",
     "a persistent object": b"\x80\x04" + text("a") + b"Q.",
 }
-MODULE = STAND_IN + b"}" + text("_modules") + b"}" + text("a")  # with a module `a` in it, which comes next
+MODULE = (
+    STAND_IN + b"}" + text("_modules") + b"}" + text("a")
+)  # with a module `a` in it, which comes next
 IMPOSSIBLE = {
     "a list in itself": b"\x80\x04]q\x00h\x00a.",
     "a module in itself": b"\x80\x04" + MODULE.replace(b")\x81", b")\x81q\x00") + b"h\x00ssb.",
@@ -158,13 +186,19 @@ IMPOSSIBLE = {
 
 
 def hostile_files(folder: Path) -> dict[str, bytes]:
-    """Return the files above, and all calls in all packagings, by name. A call that is made leaves a file `ran`."""
+    """Return the files above, and all calls in all packagings, by name. A call that is made leaves
+    a file `ran`.
+    """
     files = IMPOSSIBLE | ATTACKS
     for name, call in calls(folder).items():
         files |= {f"{name} {protocol}": pickle.dumps(call, protocol) for protocol in range(6)}
-        files[f"{name} in a dict"] = pickle.dumps({"weights": {"token_embedding_table.weight": call}})
+        files[f"{name} in a dict"] = pickle.dumps(
+            {"weights": {"token_embedding_table.weight": call}}
+        )
         archive = as_archive(as_pickle({"weights": {}, "vocabulary": call}))
         files[f"{name} in an archive"] = archive
-        files[f"{name} in an archive in a pickle"] = pickle.dumps(Call(torch.storage._load_from_bytes, archive))
+        files[f"{name} in an archive in a pickle"] = pickle.dumps(
+            Call(torch.storage._load_from_bytes, archive)
+        )
         files[f"{name} in a storage"] = as_storage(pickle.dumps(call, 2))
     return files

@@ -1,7 +1,9 @@
-"""The design's model once more, written as plainly as possible: what model.py must equal, and is timed against.
+"""The design's model once more, written as plainly as possible: what model.py must equal, and is
+timed against.
 
-Every head on its own, a mask cut for every call, torch's own dropout, the whole context anew for every token. Nothing
-here is shared with model.py but the parameter names, so that weights can be copied over.
+Every head on its own, a mask cut for every call, torch's own dropout, the whole context anew for
+every token. Nothing here is shared with model.py but the parameter names, so that weights can be
+copied over.
 """
 
 import math
@@ -30,7 +32,9 @@ class PlainHead(nn.Module):
 class PlainMultiHeadAttention(nn.Module):
     def __init__(self, num_heads, head_size, n_embd, block_size, dropout):
         super().__init__()
-        self.heads = nn.ModuleList([PlainHead(head_size, n_embd, block_size, dropout) for _ in range(num_heads)])
+        self.heads = nn.ModuleList(
+            [PlainHead(head_size, n_embd, block_size, dropout) for _ in range(num_heads)]
+        )
         self.proj = nn.Linear(num_heads * head_size, n_embd)
         self.dropout = nn.Dropout(dropout)
 
@@ -42,7 +46,10 @@ class PlainFeedForward(nn.Module):
     def __init__(self, n_embd, dropout):
         super().__init__()
         self.net = nn.Sequential(
-            nn.Linear(n_embd, 4 * n_embd), nn.ReLU(), nn.Linear(4 * n_embd, n_embd), nn.Dropout(dropout)
+            nn.Linear(n_embd, 4 * n_embd),
+            nn.ReLU(),
+            nn.Linear(4 * n_embd, n_embd),
+            nn.Dropout(dropout),
         )
 
     def forward(self, x):
@@ -67,21 +74,32 @@ class PlainGPT(nn.Module):
         self.block_size = block_size
         self.token_embedding_table = nn.Embedding(vocab_size, n_embd)
         self.position_embedding_table = nn.Embedding(block_size, n_embd)
-        self.blocks = nn.Sequential(*[PlainBlock(n_embd, n_head, block_size, dropout) for _ in range(n_layer)])
+        self.blocks = nn.Sequential(
+            *[PlainBlock(n_embd, n_head, block_size, dropout) for _ in range(n_layer)]
+        )
         self.ln_f = nn.LayerNorm(n_embd)
         self.lm_head = nn.Linear(n_embd, vocab_size)
 
     def forward(self, index, targets=None):
-        x = self.token_embedding_table(index) + self.position_embedding_table.weight[: index.shape[1]]
+        x = (
+            self.token_embedding_table(index)
+            + self.position_embedding_table.weight[: index.shape[1]]
+        )
         logits = self.lm_head(self.ln_f(self.blocks(x)))
         if targets is None:
             return logits, None
-        return logits, nn.functional.cross_entropy(logits.view(-1, logits.shape[2]), targets.reshape(-1))
+        return logits, nn.functional.cross_entropy(
+            logits.view(-1, logits.shape[2]), targets.reshape(-1)
+        )
 
     @torch.no_grad()
     def generate(self, index, max_new_tokens, greedy=False):
         for _ in range(max_new_tokens):
             last = self(index[:, -self.block_size :])[0][:, -1]
-            new = last.argmax(1, keepdim=True) if greedy else torch.multinomial(torch.softmax(last, 1), 1)
+            new = (
+                last.argmax(1, keepdim=True)
+                if greedy
+                else torch.multinomial(torch.softmax(last, 1), 1)
+            )
             index = torch.cat([index, new], dim=1)
         return index

@@ -1,4 +1,6 @@
-"""Set up a run of training.py and drive its loop for some steps, for the tests on a GPU and for the benchmark."""
+"""Set up a run of training.py and drive its loop for some steps, for the tests on a GPU and for the
+benchmark.
+"""
 
 import copy
 from argparse import Namespace
@@ -24,11 +26,15 @@ def new_run(settings: Namespace, start: tuple = (None, None, None)) -> training.
     ]
     optimizer = training.Optimizer(model, settings)
     record, files = training.Record(), training.Files(settings.model)
-    return training.Run(settings, model, copy.deepcopy(model).eval(), vocabulary, *texts, optimizer, record, files)
+    return training.Run(
+        settings, model, copy.deepcopy(model).eval(), vocabulary, *texts, optimizer, record, files
+    )
 
 
 class Steps:
-    """Takes the place of Interruption, which the loop asks before each step, and ends the loop after some steps."""
+    """Takes the place of Interruption, which the loop asks before each step, and ends the loop
+    after some steps.
+    """
 
     def __init__(self, count: int):
         self.left = count

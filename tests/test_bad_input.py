@@ -1,4 +1,5 @@
-"""Bad input of every kind is one sentence: what each script says to it, and that it leaves everything as it was.
+"""Bad input of every kind is one sentence: what each script says to it, and that it leaves
+everything as it was.
 
 The table shows each kind once: flags, files and archives, in the order of the scripts.
 """
@@ -27,7 +28,9 @@ EXTRACT, TRAIN, CHAT = SCRIPTS
 
 
 class Case(NamedTuple):
-    """`script` with `flags`, in a folder changed by `files`, ends with `status` and says `message` (a pattern)."""
+    """`script` with `flags`, in a folder changed by `files`, ends with `status` and says `message`
+    (a pattern).
+    """
 
     script: str
     flags: list[str]
@@ -60,55 +63,124 @@ FLAGS = [
     Case(TRAIN, ["-compile=on"], 2, "argument -compile: ignored explicit argument 'on'"),
     Case(TRAIN, ["-n_embd=10", "-n_head=3"], 2, "-n_embd: 10 is not a multiple of -n_head 3"),
     Case(TRAIN, ["-vocab=vocab.txt"], 2, "argument -vocab: goes with -init_from only"),
-    Case(TRAIN, ["-plot=a\nb\udcff"], 2, r"argument -plot: 'a\\nb\\udcff' does not end in .png, .svg or .pdf"),
-    *(Case(TRAIN, [f"-model={name}"], 2, "argument -model: .* must end in .pkl") for name in ("m", "m.state.pkl", "")),
+    Case(
+        TRAIN,
+        ["-plot=a\nb\udcff"],
+        2,
+        r"argument -plot: 'a\\nb\\udcff' does not end in .png, .svg or .pdf",
+    ),
+    *(
+        Case(TRAIN, [f"-model={name}"], 2, "argument -model: .* must end in .pkl")
+        for name in ("m", "m.state.pkl", "")
+    ),
     Case(TRAIN, ["-n_embd=2147483646"], 1, "not enough memory; try a smaller -batch_size"),
     Case(CHAT, ["\x1b]0;x\x07"], 2, r"unrecognized arguments: \\x1b\]0;x\\x07"),
     Case(CHAT, ["-temperature=-inf"], 2, "argument -temperature: -inf is not "),
     Case(CHAT, ["-top_k=12"], 2, "-top_k: .*the model knows only 11 characters"),
 ]
-NOT_MODELS = [b"", b"just text", b"PK\5\6" + bytes(18), b"\x80\x04K\x01.", b"cos\nsystem\n(S'touch harm'\ntR."]
+NOT_MODELS = [
+    b"",
+    b"just text",
+    b"PK\5\6" + bytes(18),
+    b"\x80\x04K\x01.",
+    b"cos\nsystem\n(S'touch harm'\ntR.",
+]
 FILES = [
     Case(EXTRACT, ["-data_dir=a\nb"], 1, r"a\\nb: "),
     Case(EXTRACT, ["-data_dir=x"], 1, "x: holds no .*\\.txt", {"x/README.md": b"text"}),
     Case(EXTRACT, ["-data_dir=x"], 1, "too little text", {"x/a.txt": b""}),
     Case(EXTRACT, ["-output_dir=vocab.txt"], 1, "vocab.txt: "),
     Case(EXTRACT, [], 1, "a.xz: .*-skip_corrupt", {"in/a.xz": DAMAGED["cut short.xz"]}),
-    Case(EXTRACT, [], 1, r"a\\nb.tar: .*-skip_corrupt", {"in/a\nb.tar": tar({"a.txt": b"text" * 500})[:1500]}),
-    Case(TRAIN, ["-data_dir=gone"], 1, f"gone/output_train.txt: {MISSING}; run data_extract.py first, or name its"),
-    *(Case(TRAIN, [], 1, f"{name}: {MISSING}; run data_ex", {name: GONE}) for name in (*TEXTS, "vocab.txt")),
+    Case(
+        EXTRACT,
+        [],
+        1,
+        r"a\\nb.tar: .*-skip_corrupt",
+        {"in/a\nb.tar": tar({"a.txt": b"text" * 500})[:1500]},
+    ),
+    Case(
+        TRAIN,
+        ["-data_dir=gone"],
+        1,
+        f"gone/output_train.txt: {MISSING}; run data_extract.py first, or name its",
+    ),
+    *(
+        Case(TRAIN, [], 1, f"{name}: {MISSING}; run data_ex", {name: GONE})
+        for name in (*TEXTS, "vocab.txt")
+    ),
     *(Case(TRAIN, [], 1, f"{name}: {IS_FOLDER}", {name: FOLDER}) for name in (*TEXTS, "vocab.txt")),
     *(
         Case(TRAIN, [], 1, f"{TEXTS[1]}: {message}", {TEXTS[1]: content})
         for content, message in (
-            (b"", "holds 0 characters, -block_size 8 takes 9 or more; use a longer text or a smaller block"),
+            (
+                b"",
+                "holds 0 characters, -block_size 8 takes 9 or more; use a longer text or a smaller block",
+            ),
             ("🙂".encode() * 8, "holds 8 characters"),
             (bytes(5000), r"the character '\\x00' is not in vocab.txt; run data_extract.py again"),
             ("\N{LINE SEPARATOR}".encode() * 100, r"the character '\\u2028' is not in"),
             (b"abc" + b"\xff" * 5000, r"not UTF-8 text at byte \d+"),
         )
     ),
-    Case(TRAIN, [], 1, "vocab.txt: holds no UTF-8 text; run data_extract.py again", {"vocab.txt": b"a\n\xff\n"}),
+    Case(
+        TRAIN,
+        [],
+        1,
+        "vocab.txt: holds no UTF-8 text; run data_extract.py again",
+        {"vocab.txt": b"a\n\xff\n"},
+    ),
     Case(TRAIN, ["-model=gone/x.pkl"], 1, f"gone/x.pkl.*: {MISSING}"),
     Case(TRAIN, ["-init_from=a\nb"], 1, rf"a\\nb: {MISSING}"),
     Case(TRAIN, ["-init_from=chat.pkl", "-vocab=in"], 1, f"in: {IS_FOLDER}"),
     Case(TRAIN, ["-init_from=bare.pkl"], 1, "bare.pkl: knows 11 characters, .*-vocab vocab.txt"),
     Case(CHAT, ["-model=a\nb"], 1, rf"a\\nb: {MISSING}"),
-    *(Case(TRAIN, ["-init_from=x.pkl"], 1, "x.pkl: not a model", {"x.pkl": data}) for data in NOT_MODELS),
-    *(Case(TRAIN, ["-resume", "-model=x.pkl"], 1, "x.st.*not a", {"x.state.pkl": data}) for data in NOT_MODELS),
-    *(Case(CHAT, ["-model=x.pkl"], 1, "x.pkl: not a model file", {"x.pkl": data}) for data in NOT_MODELS),
-    Case(CHAT, ["-model=bare.pkl", "-vocab=x"], 1, "bare.pkl: knows 11 characters, .* 3;", {"x": b"a\nb\n"}),
+    *(
+        Case(TRAIN, ["-init_from=x.pkl"], 1, "x.pkl: not a model", {"x.pkl": data})
+        for data in NOT_MODELS
+    ),
+    *(
+        Case(TRAIN, ["-resume", "-model=x.pkl"], 1, "x.st.*not a", {"x.state.pkl": data})
+        for data in NOT_MODELS
+    ),
+    *(
+        Case(CHAT, ["-model=x.pkl"], 1, "x.pkl: not a model file", {"x.pkl": data})
+        for data in NOT_MODELS
+    ),
+    Case(
+        CHAT,
+        ["-model=bare.pkl", "-vocab=x"],
+        1,
+        "bare.pkl: knows 11 characters, .* 3;",
+        {"x": b"a\nb\n"},
+    ),
 ]
 TAKEN = [  # unusual, but good
     Case(TRAIN, ["-warmup_iters=9", "-min_lr=0.1"], 0, "best model"),
-    Case(TRAIN, ["-learning_rate=0", "-min_lr=0", "-weight_decay=0", "-grad_clip=0", "-patience=1"], 0, "best model"),
-    Case(TRAIN, ["-optimizer=muon"], 0, "best model", dict.fromkeys((*TEXTS, "vocab.txt"), b"\n" * 500)),
+    Case(
+        TRAIN,
+        ["-learning_rate=0", "-min_lr=0", "-weight_decay=0", "-grad_clip=0", "-patience=1"],
+        0,
+        "best model",
+    ),
+    Case(
+        TRAIN,
+        ["-optimizer=muon"],
+        0,
+        "best model",
+        dict.fromkeys((*TEXTS, "vocab.txt"), b"\n" * 500),
+    ),
     Case(TRAIN, ["-model=a\nb\udcff.pkl"], 0, "best model"),
     Case(TRAIN, ["--init_from=bare.pkl", "--vocab=vocab.txt"], 0, "best model"),
     Case(CHAT, ["-temperature=1e-320", "-seed=9223372036854775807"], 0, "^Completion:\na"),
     Case(CHAT, ["-prompt=\0\xff\udcff🙂a"], 0, "^Completion:\na"),
     Case(EXTRACT, ["-skip_corrupt"], 0, r"left out: a\\nb.xz", {"in/a\nb.xz": b""}),
-    Case(EXTRACT, [], 0, "train", {"in/a.xz": xz(tar({"../../escaped.txt": b"text", "/escaped.txt": b"text"}))}),
+    Case(
+        EXTRACT,
+        [],
+        0,
+        "train",
+        {"in/a.xz": xz(tar({"../../escaped.txt": b"text", "/escaped.txt": b"text"}))},
+    ),
 ]
 PLAIN_FLAGS = {
     EXTRACT: ["-data_dir=in", "-output_dir=out"],
@@ -131,7 +203,8 @@ def contents(tmp_path_factory, finished_run) -> dict[str, bytes]:
 
 @pytest.fixture
 def run_here(contents, tmp_path, run_main, short_samples):
-    """`run_here(script, flags, files, **streams)` runs it, with its plain flags, in a folder with the contents.
+    """`run_here(script, flags, files, **streams)` runs it, with its plain flags, in a folder with
+    the contents.
 
     Gives what run_main gives, and the folder's contents before and after.
     """
@@ -168,7 +241,9 @@ def test_bad_input_is_a_sentence_and_changes_nothing(run_here, case):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_names_every_flag_once_with_its_default(run_here, script):
     shown, *more = (run_here(script, [flag])[0] for flag in ("-h", "--help", "-help"))
-    assert shown.returncode == 0 and all(same.stdout == shown.stdout and not same.stderr for same in more)
+    assert shown.returncode == 0 and all(
+        same.stdout == shown.stdout and not same.stderr for same in more
+    )
     flags = re.findall(r"^  (-\w+)", shown.stdout, re.MULTILINE)
     assert len(flags) == len(set(flags)) == {EXTRACT: 7, TRAIN: 27, CHAT: 13}[script]
     assert re.search(r"-seed \w+ .*\(default:\s+\S+\)", shown.stdout, re.DOTALL)

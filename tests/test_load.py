@@ -1,6 +1,8 @@
-"""Much data: archives as many as OpenWebText has or packed a thousandfold, texts larger than memory, long chats.
+"""Much data: archives as many as OpenWebText has or packed a thousandfold, texts larger than
+memory, long chats.
 
-The memory of a process is what it has for itself (RssAnon): pages of a mapped file are the system's to take back.
+The memory of a process is what it has for itself (RssAnon): pages of a mapped file are the system's
+to take back.
 """
 
 import io
@@ -19,7 +21,9 @@ from conftest import TINY, processes_of, put, wait_until_shown, write_texts
 
 from model import GPTLanguageModel, Vocabulary, save_model
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="looks at processes through /proc")
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="looks at processes through /proc"
+)
 
 
 def memory(pid: int | str) -> float:
@@ -73,9 +77,14 @@ FLAGS = [*TINY, "-max_iters=200", "-eval_interval=50", "-batch_size=32"]
 
 
 def train_on(start_script, folder: Path, size: int, *flags) -> tuple[float, float]:
-    """Seconds until the first evaluation, and megabytes at most, of a run on two texts of this size."""
+    """Seconds until the first evaluation, and megabytes at most, of a run on two texts of this
+    size.
+    """
     write_texts(folder, "the cat sat on the mat\n\0")
-    for name in ("output_train.txt", "output_val.txt"):  # NULs that take no room, but for some pages of text
+    for name in (
+        "output_train.txt",
+        "output_val.txt",
+    ):  # NULs that take no room, but for some pages of text
         with open(folder / name, "wb") as file:
             for place in (0, size // 2, size - 2_300_000):
                 file.seek(place)
@@ -94,10 +103,16 @@ def test_training_on_a_text_larger_than_memory(start_script, tmp_path):
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("flags", [FLAGS, [*FLAGS, "-optimizer=muon"], ["-max_iters=10", "-eval_interval=5"]])
-def test_training_on_a_text_larger_than_memory_takes_no_more_than_on_a_small_one(start_script, tmp_path, flags):
+@pytest.mark.parametrize(
+    "flags", [FLAGS, [*FLAGS, "-optimizer=muon"], ["-max_iters=10", "-eval_interval=5"]]
+)
+def test_training_on_a_text_larger_than_memory_takes_no_more_than_on_a_small_one(
+    start_script, tmp_path, flags
+):
     for more in (flags, ["-resume", "-max_iters=400" if flags[0] in FLAGS else "-max_iters=20"]):
-        small, large = (train_on(start_script, tmp_path / str(n), n, *more) for n in (5_000_000, 50_000_000_000))
+        small, large = (
+            train_on(start_script, tmp_path / str(n), n, *more) for n in (5_000_000, 50_000_000_000)
+        )
         assert large[0] < small[0] + 5
         assert large[1] < small[1] + 60
 
@@ -119,7 +134,9 @@ LONG = pytest.param(10_000, (384, 4, 4, 128), marks=pytest.mark.soak)
 
 
 @pytest.mark.parametrize(("count", "shape"), [(1_500, (32, 2, 1, 16)), LONG])
-def test_every_token_of_a_long_chat_takes_the_same_time_and_memory(tmp_path, run_main, count, shape):
+def test_every_token_of_a_long_chat_takes_the_same_time_and_memory(
+    tmp_path, run_main, count, shape
+):
     vocabulary = Vocabulary("\n abcdefghijklmnopqrstuvwxyz")
     save_model(tmp_path / "model-01.pkl", GPTLanguageModel(len(vocabulary), *shape), vocabulary)
     clock, part = Clock(), count // 5
@@ -127,4 +144,8 @@ def test_every_token_of_a_long_chat_takes_the_same_time_and_memory(tmp_path, run
     assert run_main("chatbot.py", *flags, stdout=clock).returncode == 0
     seconds = [after - before for before, after in zip(clock.times, clock.times[1:])][:count]
     first, last = (statistics.quantiles(times)[0] for times in (seconds[:part], seconds[-part:]))
-    assert len(seconds) == count and last < 1.5 * first and max(clock.megabytes) < clock.megabytes[0] + 8
+    assert (
+        len(seconds) == count
+        and last < 1.5 * first
+        and max(clock.megabytes) < clock.megabytes[0] + 8
+    )

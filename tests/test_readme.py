@@ -1,7 +1,9 @@
-"""What README.md says is so: its commands run, its flags, messages, names and links exist, every flag has a help text.
+"""What README.md says is so: its commands run, its flags, messages, names and links exist, every
+flag has a help text.
 
-The commands run from the top of the page to its end in one folder, as a reader types them, on tiny shapes. Those that
-need several processes are parsed only, and those of other programs are known by their first word.
+The commands run from the top of the page to its end in one folder, as a reader types them, on tiny
+shapes. Those that need several processes are parsed only, and those of other programs are known by
+their first word.
 """
 
 import argparse
@@ -29,14 +31,27 @@ from model import GPTLanguageModel, Vocabulary, save_model
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SOURCES = {name: (ROOT / name).read_text(encoding="utf-8") for name in (*SCRIPTS, "model.py")}
-PROSE = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)  # all but the fenced blocks
+PROSE = re.sub(
+    r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL
+)  # all but the fenced blocks
 SNIPPETS = re.findall(r"^```python\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 FIRST_SCREEN = PROSE.partition("\n## ")[0]
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PROSE, flags=re.MULTILINE | re.DOTALL))
 INLINE_CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 
 OUR_PROGRAMS = ("python", "torchrun")
-OTHER_PROGRAMS = ("pip", "python3", "py", "mkdir", "curl", "tar", "pdftotext", "pandoc", "iconv", "Set-ExecutionPolicy")
+OTHER_PROGRAMS = (
+    "pip",
+    "python3",
+    "py",
+    "mkdir",
+    "curl",
+    "tar",
+    "pdftotext",
+    "pandoc",
+    "iconv",
+    "Set-ExecutionPolicy",
+)
 FLAGS_WITHOUT_A_DEFAULT = {"init_from", "vocab", "plot", "prompt", "prompt_file", "stop"}
 SMALL = {
     "data_extract.py": [],
@@ -45,11 +60,13 @@ SMALL = {
 }
 
 
-# Commands ------------------------------------------------------------------------------------------------------------
+# Commands -----------------------------------------------------------------------------------------
 
 
 def commands(text: str) -> list[str]:
-    """Return the commands of a part of the page, in their order: those in blocks, and those in the text."""
+    """Return the commands of a part of the page, in their order: those in blocks, and those in the
+    text.
+    """
     found = []
     for line in text.splitlines():
         if line.startswith("    "):
@@ -57,7 +74,9 @@ def commands(text: str) -> list[str]:
             if line.startswith((*OUR_PROGRAMS, "pip")) and ".venv" not in line:
                 found += line.split(" && ")
         else:
-            found += [code for code in INLINE_CODE.findall(line) if " " in code and is_command(code)]
+            found += [
+                code for code in INLINE_CODE.findall(line) if " " in code and is_command(code)
+            ]
     return found
 
 
@@ -71,7 +90,9 @@ def text_of_a_book(characters: str = "abcdefgh ") -> bytes:
 
 @pytest.fixture
 def reader(tmp_path, monkeypatch):
-    """A folder with what a reader has who follows the recipes, but for `openwebtext`, which comes later."""
+    """A folder with what a reader has who follows the recipes, but for `openwebtext`, which comes
+    later.
+    """
     monkeypatch.chdir(tmp_path)
     for name in ("my_texts", "shakespeare", "theirs"):
         put(tmp_path, {f"{name}/text.txt": text_of_a_book()})
@@ -89,7 +110,9 @@ def reader(tmp_path, monkeypatch):
 
 @pytest.fixture
 def run_command(reader, run_main, monkeypatch):
-    """`run_command("python chatbot.py -show")` runs a command of the page on tiny shapes; returns what it printed."""
+    """`run_command("python chatbot.py -show")` runs a command of the page on tiny shapes; returns
+    what it printed.
+    """
 
     def run(command: str) -> str:
         typed, _, piped_to = command.rpartition("|")
@@ -121,8 +144,12 @@ def run_command(reader, run_main, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(benchmark, "ROWS", dict.fromkeys(benchmark.ROWS, ()))
             patch.setattr(benchmark, "QUICK", ())
-            patch.setattr(benchmark, "DEVICE", SimpleNamespace(type="cuda"))  # or `-only gpu` would be refused
-            patch.setattr(torch.cuda, "get_device_name", lambda: "a card that is not asked for anything")
+            patch.setattr(
+                benchmark, "DEVICE", SimpleNamespace(type="cuda")
+            )  # or `-only gpu` would be refused
+            patch.setattr(
+                torch.cuda, "get_device_name", lambda: "a card that is not asked for anything"
+            )
             patch.setattr(benchmark, "provide_text", lambda folder, data_dir: None)
             patch.setattr(benchmark, "load_nanogpt", lambda folder: None)
             patch.setattr(sys, "argv", ["benchmark.py", *arguments])
@@ -136,13 +163,19 @@ def check_torchrun(arguments: list[str]) -> None:
     launcher = parse_torchrun(arguments)
     assert launcher.training_script == "training.py"
     args = training.training_parser().parse_args(launcher.training_script_args)
-    assert args.batch_size % (int(launcher.nnodes.split(":")[-1]) * int(launcher.nproc_per_node)) == 0
+    assert (
+        args.batch_size % (int(launcher.nnodes.split(":")[-1]) * int(launcher.nproc_per_node)) == 0
+    )
 
 
 def check_pytest(arguments: list[str]) -> None:
     """See that the file to test, or the marker, exists."""
     known = (ROOT / ".pytest.ini").read_text(encoding="utf-8")
-    assert not arguments or (ROOT / arguments[0]).is_file() or (arguments[0] == "-m" and f"{arguments[1]}:" in known)
+    assert (
+        not arguments
+        or (ROOT / arguments[0]).is_file()
+        or (arguments[0] == "-m" and f"{arguments[1]}:" in known)
+    )
 
 
 def test_every_command_runs(run_command, reader):
@@ -158,21 +191,29 @@ def test_every_command_runs(run_command, reader):
 
 
 def test_ci_finds_the_command_that_runs_the_tests():
-    line = next(line for line in README.splitlines() if "python -m pytest" in line)  # as .ci/run looks for it
+    line = next(
+        line for line in README.splitlines() if "python -m pytest" in line
+    )  # as .ci/run looks for it
     assert line == "    pip install -r requirements.txt pytest && python -m pytest"
 
 
 def without_figures(text: str) -> str:
-    """Return a text with 0 for every number, without what differs between machines or sizes, and with single blanks."""
+    """Return a text with 0 for every number, without what differs between machines or sizes, and
+    with single blanks.
+    """
     text = re.sub(r"\d[\d.,]*\d|\d", "0", text)
     text = re.sub(r"\w*float0", "float", text)
     text = text.replace("threads,", "thread,")
-    text = text.replace("first 0 characters of the", "whole")  # all of it would take a tiny run too long
+    text = text.replace(
+        "first 0 characters of the", "whole"
+    )  # all of it would take a tiny run too long
     return " ".join(text.split())
 
 
 def test_the_session_is_what_the_scripts_print(run_command):
-    blocks = re.findall(r"^    \$ python (?:data_extract|training).*\n(?:    .*\n)+", FIRST_SCREEN, re.MULTILINE)
+    blocks = re.findall(
+        r"^    \$ python (?:data_extract|training).*\n(?:    .*\n)+", FIRST_SCREEN, re.MULTILINE
+    )
     assert len(blocks) == 2
     for block in blocks:
         command, *lines = [line.removeprefix("    ") for line in block.splitlines()]
@@ -182,7 +223,7 @@ def test_the_session_is_what_the_scripts_print(run_command):
                 assert without_figures(line) in printed, line
 
 
-# Flags ---------------------------------------------------------------------------------------------------------------
+# Flags --------------------------------------------------------------------------------------------
 
 
 class Parsed(Exception):
@@ -200,7 +241,9 @@ def actions(script: str, monkeypatch) -> dict[str, argparse.Action]:
         patch.setattr(sys, "argv", [script])
         with pytest.raises(Parsed) as caught:
             SCRIPTS[script].parse_args(*([[]] if script == "data_extract.py" else []))
-    return {action.dest: action for action in caught.value.args[0]._actions if action.dest != "help"}
+    return {
+        action.dest: action for action in caught.value.args[0]._actions if action.dest != "help"
+    }
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -227,12 +270,18 @@ def test_what_a_resumed_run_may_change_is_named():
     assert sorted(named) == sorted({*training.MAY_CHANGE_ON_RESUME, "plot", "compile"})
 
 
-# Messages, names and links -------------------------------------------------------------------------------------------
+# Messages, names and links ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("section", ["How the model works", "How training works", "Reading the code"])
+@pytest.mark.parametrize(
+    "section", ["How the model works", "How training works", "Reading the code"]
+)
 def test_names_in_the_text_are_those_in_the_code(section):
-    names = [code for code in INLINE_CODE.findall(SECTIONS[section]) if re.fullmatch(r"[A-Za-z]\w+", code)]
+    names = [
+        code
+        for code in INLINE_CODE.findall(SECTIONS[section])
+        if re.fullmatch(r"[A-Za-z]\w+", code)
+    ]
     assert names
     for name in names:
         assert any(re.search(rf"\b{name}\b", source) for source in SOURCES.values()), name
@@ -252,10 +301,16 @@ def anchor(heading: str) -> str:
 
 def test_links_lead_to_headings():
     anchors = {anchor(heading) for heading in re.findall(r"^#+ (.+)$", PROSE, re.MULTILINE)}
-    targets = [target for target in re.findall(r"\]\(([^)]+)\)", PROSE) if not target.startswith(".readme/")]
+    targets = [
+        target
+        for target in re.findall(r"\]\(([^)]+)\)", PROSE)
+        if not target.startswith(".readme/")
+    ]
     assert sum(target.startswith("#") for target in targets) >= 2
     for target in targets:
-        assert target[1:] in anchors if target.startswith("#") else target.startswith("https://"), target
+        assert target[1:] in anchors if target.startswith("#") else target.startswith("https://"), (
+            target
+        )
 
 
 def test_the_section_that_messages_name_exists():
@@ -280,7 +335,7 @@ def test_each_script_imports_only_what_it_may():
         assert imported - sys.stdlib_module_names - {"pydoc_data"} <= may[name], name
 
 
-# Python --------------------------------------------------------------------------------------------------------------
+# Python -------------------------------------------------------------------------------------------
 
 
 def snippet(word: str) -> str:
@@ -299,7 +354,11 @@ def test_python_for_a_notebook_works_as_pasted(tmp_path, monkeypatch, capsys):
     assert shown.startswith("The object") and re.search(r"\n\d\.\d\d nats per character\n$", shown)
 
 
-ROWS = [{"text": "One “text” of\ntwo lines"}, {"text": None}, {"text": "Another: 你好 🙂", "url": "not this"}]
+ROWS = [
+    {"text": "One “text” of\ntwo lines"},
+    {"text": None},
+    {"text": "Another: 你好 🙂", "url": "not this"},
+]
 EXPECTED = "One “text” of\ntwo lines\n\nAnother: 你好 🙂\n\n"
 
 

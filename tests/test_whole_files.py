@@ -12,8 +12,14 @@ from conftest import TINY, assert_fails, metrics, posix, put, read_folder, wait_
 
 from model import atomic_write, load_model
 
-linux_root = pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounts a file system as root")
-FORMER = {"model-01.pkl": b"a model" * 999, "model-01.state.pkl": b"state" * 999, "model-01.metrics.csv": b"metrics"}
+linux_root = pytest.mark.skipif(
+    sys.platform != "linux" or os.geteuid() != 0, reason="mounts a file system as root"
+)
+FORMER = {
+    "model-01.pkl": b"a model" * 999,
+    "model-01.state.pkl": b"state" * 999,
+    "model-01.metrics.csv": b"metrics",
+}
 KEPT = {name: name.replace("model-01", "model-01.old") for name in FORMER}
 CHINESE = "".join(map(chr, range(0x4E00, 0x6E00)))
 
@@ -76,7 +82,9 @@ def test_extracting_to_a_disk_that_is_full_sooner_or_later(tmp_path, disk, run_h
         if result.returncode:
             assert_fails(result, "disk/.*: No space left on device")
             named.add(result.stderr.split(": ")[-2])
-            assert {name: content for name, content in read_folder(disk).items() if name != ".filler"} == former
+            assert {
+                name: content for name, content in read_folder(disk).items() if name != ".filler"
+            } == former
     whole = three_files([f"{'a' * 60_000}\n", f"{CHINESE}\n"])
     assert result.returncode == 0 and len(named) > 1 and read_three(disk) == whole
 
@@ -85,8 +93,14 @@ def test_extracting_to_a_disk_that_is_full_sooner_or_later(tmp_path, disk, run_h
 def test_a_folder_that_can_only_be_read_is_a_sentence_at_the_start(disk, run_here):
     fill(disk, FORMER, 900 << 10)
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-    assert_fails(run_here("training.py", *TINY, f"-model={disk / 'model-01.pkl'}"), "disk/.*: Read-only file system")
-    assert_fails(run_here("data_extract.py", "-data_dir=in", f"-output_dir={disk}"), "disk/.*: Read-only file system")
+    assert_fails(
+        run_here("training.py", *TINY, f"-model={disk / 'model-01.pkl'}"),
+        "disk/.*: Read-only file system",
+    )
+    assert_fails(
+        run_here("data_extract.py", "-data_dir=in", f"-output_dir={disk}"),
+        "disk/.*: Read-only file system",
+    )
     check_training(disk)
 
 
@@ -114,7 +128,11 @@ def test_two_processes_that_write_one_file_leave_a_whole_one(tmp_path, monkeypat
 
 
 def test_what_a_killed_run_has_left_is_removed(tmp_path, run_here):
-    put(tmp_path, {f"{name}.1234.tmp": b"litter" for name in FORMER} | {"model-01.b.pkl.1234.tmp": b"of another model"})
+    put(
+        tmp_path,
+        {f"{name}.1234.tmp": b"litter" for name in FORMER}
+        | {"model-01.b.pkl.1234.tmp": b"of another model"},
+    )
     assert run_here("training.py", *TINY, "-max_iters=2").returncode == 0
     assert [path.name for path in tmp_path.glob("*.tmp")] == ["model-01.b.pkl.1234.tmp"]
 
@@ -131,7 +149,13 @@ def test_what_a_symbolic_link_leads_to_is_replaced_and_the_link_stays(tmp_path):
 
 @pytest.mark.soak
 def test_a_killed_extraction_leaves_former_or_whole_files(tmp_path, start_script, run_script):
-    put(tmp_path, {f"in/{i}.xz": xz(f"{i} is the text of this archive\n".encode() * 30_000) for i in range(12)})
+    put(
+        tmp_path,
+        {
+            f"in/{i}.xz": xz(f"{i} is the text of this archive\n".encode() * 30_000)
+            for i in range(12)
+        },
+    )
     assert run_script("data_extract.py", "-data_dir=in", "-output_dir=whole").returncode == 0
     new, outcomes, chance = read_three(tmp_path / "whole"), [], random.Random(1)
     for _ in range(40):  # from the first byte to the last rename

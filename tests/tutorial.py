@@ -1,7 +1,9 @@
-"""The tutorial's training script, cut down to what makes its model file: run, it stands in `__main__` as theirs did.
+"""The tutorial's training script, cut down to what makes its model file: run, it stands in
+`__main__` as theirs did.
 
-`python tutorial.py FOLDER` leaves a file for each way of saving, `vocab.txt`, and `logits.pt` with the ids that went
-into the models and the logits that came out, by the names of the files. The words are ours.
+`python tutorial.py FOLDER` leaves a file for each way of saving, `vocab.txt`, and `logits.pt` with
+the ids that went into the models and the logits that came out, by the names of the files. The words
+are ours.
 """
 
 import copy
@@ -20,7 +22,9 @@ VOCAB_SIZE, N_EMBD, N_HEAD, N_LAYER, BLOCK_SIZE, DROPOUT = len(CHARACTERS), 12, 
 class Head(nn.Module):
     def __init__(self, head_size):
         super().__init__()
-        self.key, self.query, self.value = (nn.Linear(N_EMBD, head_size, bias=False) for _ in range(3))
+        self.key, self.query, self.value = (
+            nn.Linear(N_EMBD, head_size, bias=False) for _ in range(3)
+        )
         self.register_buffer("tril", torch.tril(torch.ones(BLOCK_SIZE, BLOCK_SIZE)))
         self.dropout = nn.Dropout(DROPOUT)
 
@@ -45,7 +49,9 @@ class MultiHeadAttention(nn.Module):
 class FeedFoward(nn.Module):  # its author's spelling, and so the name in the files
     def __init__(self, n):
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(n, 4 * n), nn.ReLU(), nn.Linear(4 * n, n), nn.Dropout(DROPOUT))
+        self.net = nn.Sequential(
+            nn.Linear(n, 4 * n), nn.ReLU(), nn.Linear(4 * n, n), nn.Dropout(DROPOUT)
+        )
 
     def forward(self, x):
         return self.net(x)
@@ -72,7 +78,9 @@ class GPTLanguageModel(nn.Module):
         self.ln_f, self.lm_head = nn.LayerNorm(N_EMBD), nn.Linear(N_EMBD, vocab_size)
 
     def forward(self, index):
-        x = self.token_embedding_table(index) + self.position_embedding_table(torch.arange(index.shape[1]))
+        x = self.token_embedding_table(index) + self.position_embedding_table(
+            torch.arange(index.shape[1])
+        )
         return self.lm_head(self.ln_f(self.blocks(x)))
 
 
@@ -96,7 +104,9 @@ for prefix in ("", "module-", "cuda-"):
         for kind in (Head, MultiHeadAttention, FeedFoward, Block, GPTLanguageModel):
             kind.__module__ = "my.gpt_2"
     if prefix == "cuda-":  # as if the storages were on a GPU
-        torch.serialization.register_package(0, lambda storage: "cuda:0", lambda storage, location: None)
+        torch.serialization.register_package(
+            0, lambda storage: "cuda:0", lambda storage, location: None
+        )
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
         save(f"{prefix}protocol-{protocol}.pkl", model, protocol=protocol)
     save(f"{prefix}saved.pkl", model, torch.save)
