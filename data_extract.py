@@ -28,8 +28,7 @@ import time
 import unicodedata
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain
 from pathlib import Path
@@ -56,11 +55,11 @@ HEAD = 8000  # bytes at the beginning of a text that hold no NUL, as git and gre
 MOST_INVALID = 0.2  # of a text's characters; Chinese in GBK has 0.69, French in Windows-1252 0.04
 SHARE = "{:.0f} % of its characters are not UTF-8 (NULs included)"
 DOUBTFUL = 0.01  # an archive with a larger share is named in the summary
-PAX_RECORD = re.compile(rb"(\d{1,9}) ([^=\n]+)=")
+PAX_RECORD = re.compile(rb"(\d{1,9}) ([^=\n]+)=")  # what a record begins with: length, key
 COMMON = b"\n\t" + bytes(range(32, 127))  # most of most texts
-# What the system says when another process holds a lock. Wine, which runs Windows programs, says 0.
+# What the system says of a lock that another process holds. Wine, a Windows on Linux, says 0.
 HELD = {errno.EACCES, 0} if os.name == "nt" else {errno.EWOULDBLOCK}
-NO_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
+NO_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}  # and of a disk that can't do that
 # Invalid sequences become NULs, to be counted together with those.
 codecs.register_error("NUL", lambda error: ("\0", error.end))
 
@@ -79,18 +78,18 @@ class NotText(Damaged):
 
 @contextmanager
 def name_file_in_errors(path: Path | str) -> Iterator[None]:
-    """Name `path` in an OSError from the block. Python itself names a file only when it opens it."""
+    """Name `path` in an OSError from the block. Python's own name a file only when it is opened."""
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise OSError(error.errno, reason, error.filename or str(path)) from error
+        raise OSError(
+            error.errno, error.strerror or str(error), error.filename or str(path)
+        ) from error
 
 
 def show(line: str, stream: TextIO) -> None:
-    """Print a line, with control characters in names as `ascii` writes them: terminals obey them."""
-    control = r"[\x00-\x08\n-\x1f\x7f-\x9f]"
-    line = re.sub(control, lambda found: ascii(found[0])[1:-1], line)
+    """Print a line, with control characters as `ascii` writes them: a terminal obeys them."""
+    line = re.sub(r"[\x00-\x08\n-\x1f\x7f-\x9f]", lambda found: ascii(found[0])[1:-1], line)
     print(line, file=stream, flush=True)
 
 
@@ -145,8 +144,9 @@ def reason_in_name(name: str) -> str:
 
 
 def reason_in_kind(path: Path, seen: set[str]) -> str:
-    """Return why a file or folder can't be read or was `seen`, or "", and add it to those `seen`."""
-    if not path.is_dir() and not (path.suffix.lower() in {".tar", ".xz", ".txt"} and path.is_file()):
+    """Return why a file or folder isn't read, or "". Its real path joins those already `seen`."""
+    is_file = path.suffix.lower() in {".tar", ".xz", ".txt"} and path.is_file()
+    if not is_file and not path.is_dir():
         return f"passed over (no .tar, .xz or .txt file; {ELSEWHERE})"
     real_path = os.path.realpath(path)
     if real_path in seen:  # so links to one folder neither double the corpus nor lead in circles
@@ -163,26 +163,28 @@ def list_archives(archive: Archive, passed_over: Counter[str]) -> list[Archive]:
     """
     if not archive.name.lower().endswith(".tar") or archive.level > DEEPEST:
         return [archive]
-    inner_archives, is_read_itself = [], False
+    inside, is_read_itself = [], False
     with name_file_in_errors(archive.path), open(archive.path, "rb") as file:
         file.seek(archive.start)
         try:
             for name, start, size in tar_members(file, archive.size):
                 reason = reason_in_name(name)
-                inner = Archive(f"{archive.name}/{name}", archive.path, start, size, archive.level + 1)
                 if reason:
                     passed_over[reason] += 1
                 elif name.lower().endswith(PACKED):
-                    inner_archives += list_archives(inner, passed_over)
+                    member = Archive(
+                        f"{archive.name}/{name}", archive.path, start, size, archive.level + 1
+                    )
+                    inside += list_archives(member, passed_over)
                 else:
                     is_read_itself = True
         except Damaged:
             is_read_itself = True
-    return [archive, *inner_archives] if is_read_itself or not inner_archives else inner_archives
+    return [archive, *inside] if is_read_itself or not inside else inside
 
 
 def take_sample(archives: list[Archive], rate: float, seed: int) -> list[Archive]:
-    """Return a reproducible share of the archives, in order. A higher rate adds to a lower one's."""
+    """Return a reproducible share of the archives, in order; a higher rate takes more to them."""
     order = random.Random(seed).sample(range(len(archives)), len(archives))
     count = max(1, round(rate * len(archives)))
     return [archives[i] for i in sorted(order[:count])]
@@ -192,10 +194,7 @@ def take_sample(archives: list[Archive], rate: float, seed: int) -> list[Archive
 
 
 def read_archive(archive: Archive, counts: Counter[str]) -> Iterator[str]:
-    """Yield an archive's text in bounded pieces, and count what it holds. Raises Damaged.
-
-    A plain text ends with a newline.
-    """
+    """Yield an archive's text in bounded pieces, and count what is in it. Raises Damaged."""
     ending = archive.name.lower()[-4:]
     with name_file_in_errors(archive.path), open(archive.path, "rb") as file:
         file.seek(archive.start)
@@ -241,7 +240,7 @@ def read_xz(
     That text is a shard, to be joined to others as it is. Raises Damaged.
     """
     window = Window(packed, size)
-    stream = io.BufferedReader(lzma.LZMAFile(window, format=lzma.FORMAT_XZ), READ_SIZE)
+    stream = io.BufferedReader(lzma.LZMAFile(window, format=lzma.FORMAT_XZ), READ_SIZE)  # noqa: SIM115
     try:
         head = stream.read(BLOCK)
         if is_tar_header(head):
@@ -333,14 +332,15 @@ def text_pieces(blocks: Iterator[bytes], counts: Counter, judge_at_end: bool) ->
         characters += len(text)
         invalid += text.count("\0")
         if block is judged_at and invalid > MOST_INVALID * characters:
-            share = SHARE.format(100 * invalid / characters)
-            raise NotText(f"it is not text: {share} ({ELSEWHERE})")
+            raise NotText(
+                f"it is not text: {SHARE.format(100 * invalid / characters)} ({ELSEWHERE})"
+            )
         yield text.replace("\0", REPLACEMENT)
     counts["invalid"] += invalid
 
 
 def read_blocks(stream: BinaryIO, head: bytes = b"", size: int = ENDLESS) -> Iterator[bytes]:
-    """Yield `head`, which has been read, and what follows it in blocks of CHUNK, the last shorter."""
+    """Yield `head`, which has been read, and what follows, in blocks of CHUNK but for the last."""
     while block := head + stream.read(max(0, min(size, CHUNK) - len(head))):
         yield block
         head = b""
@@ -390,9 +390,10 @@ def is_tar_header(block: bytes) -> bool:
     """Return whether a member of a tar begins with this block, judged by the check sum in it."""
     field = block[148:156]
     digits = field.strip(b"\0 ").lstrip(b"0")
-    if len(block) < BLOCK or not digits.isdigit():  # so that few sums are made
+    if len(block) < BLOCK or not digits.isdigit():  # few texts get further
         return False
-    return digits == b"%o" % (sum(block) - sum(field) + sum(b" " * 8))  # in its own place are blanks
+    total = sum(block) - sum(field) + sum(b" " * 8)  # made with blanks in its own place
+    return digits == b"%o" % total
 
 
 def parse_header(header: bytes, extended: dict[bytes, bytes]) -> tuple[str, int]:
@@ -404,7 +405,7 @@ def parse_header(header: bytes, extended: dict[bytes, bytes]) -> tuple[str, int]
         path = (header[345:500].rstrip(b"\0") + b"/" + path).lstrip(b"/")
     digits = header[124:136]
     is_binary = digits[0] & 0x80  # as GNU tar has it from 8 GB on
-    octal = b"0" + digits.strip(b"\0 ")
+    octal = digits.strip(b"\0 ") or b"0"
     try:
         size = int.from_bytes(digits[1:], "big") if is_binary else int(octal, 8)
         size = max(0, int(extended.get(b"size", size)))  # a negative one would lead back here
@@ -503,14 +504,14 @@ def extract(
             if damage:
                 notes.append(f"left out: {name}: {damage}")
             else:
-                with name_file_in_errors(path), open(part, "rb") as file, open(path, "ab") as output:
-                    shutil.copyfileobj(file, output, CHUNK)
+                with name_file_in_errors(path), open(part, "rb") as file, open(path, "ab") as out:
+                    shutil.copyfileobj(file, out, CHUNK)
             part.unlink()
             text.update(counts)
             seen.update(found)
             if counts["invalid"] > DOUBTFUL * counts["characters"]:
-                share = SHARE.format(100 * counts["invalid"] / counts["characters"])
-                notes.append(f"{name}: {share}")
+                share = 100 * counts["invalid"] / counts["characters"]
+                notes.append(f"{name}: {SHARE.format(share)}")
             bar.set_postfix_str(f"{index + 1:,} of {len(archives):,} files", refresh=False)
             bar.update(archives[index].size)
     if is_cut and train["characters"]:
@@ -520,35 +521,34 @@ def extract(
     counts = passed_over + train + val
     notes += [f"{what}: {n:,}" for what, n in counts.items() if what.startswith("passed over")]
     if not train["characters"] or not val["characters"]:
-        problem = "too little text: training and validation both need some; add more"
-        raise DataError("; ".join([problem, *notes]))
-    vocabulary = choose_vocabulary(seen, min_count)
-    with name_file_in_errors(vocab_path), open(vocab_path, "w", encoding="utf-8", newline="") as file:
-        file.writelines(f"{character}\n" for character in vocabulary)
-    lines = [f"{'':10} {'documents':>12} {'characters':>16} {'megabytes':>12}"]
-    for name, text, path in (("training", train, train_path), ("validation", val, val_path)):
-        documents = f"of {counts['documents']:,}" if is_cut else f"{text['documents']:,}"
-        megabytes = path.stat().st_size / 1e6
-        lines.append(f"{name:10} {documents:>12} {text['characters']:16,} {megabytes:12,.2f}")
-    replaced = f"invalid sequences replaced by U+FFFD: {counts['invalid']:,}"
-    return [*lines, f"vocabulary: {len(vocabulary):,} characters; {replaced}", *notes]
-
-
-def choose_vocabulary(seen: Counter[str], min_count: int) -> list[str]:
-    """Return the characters for `vocab.txt`: those that are not rare, as ASCII never is."""
+        notes.insert(0, "too little text: training and validation both need some; add more")
+        raise DataError("; ".join(notes))
     rare = {c for c, count in seen.items() if count < min_count and not c.isascii()}
     kept = seen.keys() - rare
     if rare:
         kept.add(REPLACEMENT)  # as which training reads the rare ones
-    return sorted(kept)
+    with (
+        name_file_in_errors(vocab_path),
+        open(vocab_path, "w", encoding="utf-8", newline="") as out,
+    ):
+        out.writelines(f"{character}\n" for character in sorted(kept))
+    lines = [f"{'':10} {'documents':>12} {'characters':>16} {'megabytes':>12}"]
+    for name, text, path in (("training", train, train_path), ("validation", val, val_path)):
+        documents = f"of {counts['documents']:,}" if is_cut else f"{text['documents']:,}"
+        size = path.stat().st_size / 1e6
+        lines.append(f"{name:10} {documents:>12} {text['characters']:16,} {size:12,.2f}")
+    lines.append(
+        f"vocabulary: {len(kept):,} characters; "
+        f"invalid sequences replaced by U+FFFD: {counts['invalid']:,}"
+    )
+    return lines + notes
 
 
-def extract_all(
-    archives: list[Archive], parts: Path
-) -> Iterator[tuple[Counter[str], Counter[str], str]]:
-    """Yield what came out of each archive, in order. Worker processes write the texts to `parts`."""
-    # A container may see 64 cores and have two.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def extract_all(archives: list[Archive], parts: Path) -> Iterator[tuple[Counter, Counter, str]]:
+    """Yield what came out of each archive, in order. Worker processes write texts to `parts`."""
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))  # a container may see 64 cores and have two
     workers = min(cores, 16, len(archives))
     spawn = multiprocessing.get_context("spawn")  # the same on every system, safe beside threads
     with ProcessPoolExecutor(workers, spawn, start_worker) as pool:
@@ -560,9 +560,10 @@ def extract_all(
                     yield result_of(waiting.popleft())
             while waiting:
                 yield result_of(waiting.popleft())
-        except (BrokenProcessPool, MemoryError):
-            problem = "a worker process was killed, perhaps for want of memory; run again"
-            raise DataError(problem) from None
+        except (BrokenExecutor, MemoryError):
+            raise DataError(
+                "a worker process was killed, perhaps for want of memory; run again"
+            ) from None
         finally:
             # On an error or Ctrl-C, don't wait for their archives.
             for process in multiprocessing.active_children():
@@ -594,12 +595,13 @@ def move_end(source: Path, target: Path, keep: int) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file `path` while the block runs. Raises BlockingIOError if another one does.
+    """Hold the lock file `path` during the block. Raises BlockingIOError if another process does.
 
     On a disk that knows no locks, such as a mounted cloud folder, the block runs without.
     """
     with open(path, "ab") as file:
-        if not lock(file, path):
+        # A file without a name was that of a process which has ended since this one opened it.
+        if not lock(file) or os.fstat(file.fileno()).st_nlink == 0:
             raise BlockingIOError(errno.EWOULDBLOCK, "another process has locked it", str(path))
         try:
             yield
@@ -610,7 +612,7 @@ def locked(path: Path) -> Iterator[None]:
                 path.unlink(missing_ok=True)
 
 
-def lock(file: BinaryIO, path: Path) -> bool:
+def lock(file: BinaryIO) -> bool:
     """Lock a file until it is closed or this process dies. Return False if another one holds it."""
     try:
         if os.name == "nt":
@@ -623,46 +625,45 @@ def lock(file: BinaryIO, path: Path) -> bool:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         return error.errno not in HELD
-    try:
-        # A process that has just ended has removed the file: its name may lead to another one now.
-        return os.name == "nt" or os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
+    return True
 
 
-def write_outputs(args: argparse.Namespace, archives: list[Archive], passed_over: Counter) -> list[str]:
-    """Extract into a temporary folder, then move the three outputs. Return the summary."""
+def write_outputs(args: argparse.Namespace, archives: list[Archive], passed_over: Counter) -> list:
+    """Extract archives, then let the three outputs take the place of former ones, all or none.
+
+    Returns a summary.
+    """
     temporary = args.output_dir / "data_extract.tmp"
-    clean_up(temporary, args.output_dir)  # what a killed run has left
+    clean_up(temporary, args.output_dir)  # after a run that was killed
     try:
         temporary.mkdir()
         summary = extract(archives, passed_over, temporary, args.skip_corrupt, args.min_count)
-        for name in OUTPUT_NAMES:
-            sync(temporary / name)
+        sync_outputs(temporary)
         move_outputs(temporary, args.output_dir)
     finally:
         clean_up(temporary, args.output_dir)
     return summary
 
 
-def sync(path: Path) -> None:
-    """Bring a file to the disk: else a power cut could leave an empty one under its later name."""
-    with name_file_in_errors(path), open(path, "r+b") as file:
-        try:
-            os.fsync(file.fileno())
-        except OSError as error:
-            if error.errno not in NO_FSYNC:
-                raise
+def sync_outputs(folder: Path) -> None:
+    """Bring files to the disk, or a power cut could leave empty ones under their later names."""
+    for path in [folder / name for name in OUTPUT_NAMES]:
+        with name_file_in_errors(path), open(path, "r+b") as file:
+            try:
+                os.fsync(file.fileno())
+            except OSError as error:
+                if error.errno not in NO_FSYNC:
+                    raise
 
 
 def move_outputs(temporary: Path, folder: Path) -> None:
-    """Move the three outputs to `folder`, and the former ones to a folder in `temporary`.
+    """Move former outputs from `folder` to `temporary`, and the new ones the other way.
 
-    `vocab.txt` is the first to go and the last to come: without it, training refuses what a kill
-    leaves. What isn't moved when this raises DataError is for `clean_up`.
+    `vocab.txt` goes first and comes last: training refuses what a kill leaves in between. If this
+    raises DataError, `clean_up` has to undo what was done.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # this takes moments and nothing comes after it
+        signal.signal(number, signal.SIG_IGN)  # nothing comes after this, and it takes moments
     former = temporary / "former"
     former.mkdir()
     try:
@@ -671,19 +672,17 @@ def move_outputs(temporary: Path, folder: Path) -> None:
                 replace(folder / name, former / name)
         for name in OUTPUT_NAMES:
             replace(temporary / name, folder / name)
-    except PermissionError as error:
-        question = "is it open in another program?"
-        raise DataError(f"{folder / name}: {error.strerror}; {question}") from None
     except OSError as error:
-        raise DataError(f"{folder / name}: {error.strerror}") from None
+        problem = f"{error.strerror}; is it open in another program?"
+        raise DataError(f"{folder / name}: {problem}") from None
 
 
 def clean_up(temporary: Path, folder: Path) -> None:
-    """Remove `temporary`. If outputs were moved, but not all, put the former ones back before."""
+    """Put former outputs back if not all of the new ones were moved, and remove `temporary`."""
     former = temporary / "former"
     if former.exists() and (temporary / "vocab.txt").exists():  # which is the last to be moved
         for name in OUTPUT_NAMES:
-            if not (temporary / name).exists() and (folder / name).exists():
+            if (folder / name).exists() and not (temporary / name).exists():
                 os.rename(folder / name, temporary / name)
             if (former / name).exists():
                 os.rename(former / name, folder / name)
@@ -692,15 +691,12 @@ def clean_up(temporary: Path, folder: Path) -> None:
 
 
 def replace(source: Path, target: Path) -> None:
-    """Move a file, onto another. On Windows, none that is open may be: try for three seconds."""
-    for attempt in range(30, -1, -1):
-        try:
-            os.replace(source, target)
-            break
-        except PermissionError:
-            if attempt == 0:
-                raise
-            time.sleep(0.1)
+    """Move a file onto another. On Windows this waits until no program has them open, for 3 s."""
+    for _ in range(30):
+        with suppress(PermissionError):
+            return os.replace(source, target)
+        time.sleep(0.1)
+    os.replace(source, target)
 
 
 # The built-in sample ------------------------------------------------------------------------------
@@ -716,12 +712,12 @@ def write_sample(folder: Path) -> None:
     intro = "The printable characters of ASCII are the space and these:\n\n   "
     texts = [intro + "\n   ".join(groups), *(topics[name] for name in sorted(topics))]
     text = "".join(f"{text.rstrip()}\n\n" for text in texts)
-    nearest = str.maketrans("\u2018\u2019\u201c\u201d\u2010\u2011\u2012\u2013\u2014\u2212", "''\"\"------")
-    # Accents apart from their letters, an ellipsis as three dots.
-    text = unicodedata.normalize("NFKD", text.translate(nearest))
-    text = re.sub(r"[^\n -~]", "", text)
+    marks = "\u2018\u2019\u201c\u201d\u2010\u2011\u2012\u2013\u2014\u2212"
+    text = text.translate(str.maketrans(marks, "''\"\"------"))
+    text = unicodedata.normalize("NFKD", text)  # accents apart, an ellipsis as three dots
     with name_file_in_errors(folder):
-        (folder / "python_reference.txt").write_text(text, encoding="ascii", newline="\n")
+        path = folder / "python_reference.txt"
+        path.write_text(re.sub(r"[^\n -~]", "", text), encoding="ascii", newline="\n")
 
 
 # The command --------------------------------------------------------------------------------------
@@ -734,12 +730,36 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
     parser.formatter_class = argparse.MetavarTypeHelpFormatter  # "-seed int"
     flag = parser.add_argument
     flag("-help", action="help", help=argparse.SUPPRESS)  # else it would be -h with a value, "elp"
-    flag("-data_dir", type=Path, help=f"archives or texts (default: {DEFAULT_DATA_DIR} if it is there, else a sample)")
-    flag("-output_dir", type=Path, default=Path("."), help="where to write the three files (default: %(default)s)")
-    flag("-skip_corrupt", action="store_true", help="leave damaged archives out instead of stopping")
-    flag("-sample_rate", type=float, default=1.0, help="share of the archives to use, up to 1 (default: %(default)s)")
-    flag("-min_count", type=int, default=1, help="leave rarer characters out of vocab.txt (default: %(default)s)")
-    flag("-seed", type=int, default=1337, help="decides which archives -sample_rate takes (default: %(default)s)")
+    flag(
+        "-data_dir",
+        type=Path,
+        help=f"archives or texts (default: {DEFAULT_DATA_DIR} if it is there, else a sample)",
+    )
+    flag(
+        "-output_dir",
+        type=Path,
+        default=Path("."),
+        help="where to write the three files (default: %(default)s)",
+    )
+    flag("-skip_corrupt", action="store_true", help="leave damaged archives out, don't stop")
+    flag(
+        "-sample_rate",
+        type=float,
+        default=1.0,
+        help="share of the archives to use, up to 1 (default: %(default)s)",
+    )
+    flag(
+        "-min_count",
+        type=int,
+        default=1,
+        help="leave rarer characters out of vocab.txt (default: %(default)s)",
+    )
+    flag(
+        "-seed",
+        type=int,
+        default=1337,
+        help="decides which archives -sample_rate takes (default: %(default)s)",
+    )
     # --seed is -seed
     single = [re.sub(r"^--(?=\w+(=|$))", "-", argument) for argument in arguments]
     args = parser.parse_args(single)
@@ -751,17 +771,17 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Do what `args` say."""
     with tempfile.TemporaryDirectory() as sample, ExitStack() as stack:
         data_dir = args.data_dir or Path(DEFAULT_DATA_DIR)
         if not args.data_dir and not data_dir.is_dir():
-            show(f"no {DEFAULT_DATA_DIR} folder here: using the built-in sample, the Python reference", sys.stderr)
+            notice = f"no {DEFAULT_DATA_DIR} folder here: using the built-in sample"
+            show(f"{notice}, the Python reference", sys.stderr)
             data_dir = Path(sample)
             write_sample(data_dir)
         found, passed_over = find_archives(data_dir)
         archives = take_sample(found, args.sample_rate, args.seed)
+        output_dir = os.path.abspath(args.output_dir)
         args.output_dir.mkdir(parents=True, exist_ok=True)
-        shown_dir = os.path.abspath(args.output_dir)
         try:
             stack.enter_context(locked(args.output_dir / "data_extract.lock.tmp"))
         except BlockingIOError:
@@ -770,7 +790,7 @@ def run(args: argparse.Namespace) -> None:
         summary = write_outputs(args, archives, passed_over)
     if args.sample_rate < 1:
         summary.append(f"sample: {len(archives):,} of {len(found):,} archives")
-    summary.append(f"wrote {', '.join(OUTPUT_NAMES)} in {shown_dir}")
+    summary.append(f"wrote {', '.join(OUTPUT_NAMES)} in {output_dir}")
     with name_file_in_errors("standard output"):
         for line in summary:
             show(line, sys.stdout)
@@ -779,11 +799,13 @@ def run(args: argparse.Namespace) -> None:
 def main() -> int:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # as under pythonw
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     args = parse_args(sys.argv[1:])
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # those of IDLE and Jupyter lack it
-            stream.reconfigure(errors="backslashreplace")  # names of archives may be of any encoding
+            stream.reconfigure(
+                errors="backslashreplace"
+            )  # names of archives may be of any encoding
     # So that temporary files are removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     status = 1
