@@ -207,7 +207,7 @@ def test_logits_with_a_cache_equal_those_without(model, lengths, gradients, both
     expected = model(index)[0]
     with torch.set_grad_enabled(gradients):
         caches = [gpt.Cache(block.sa, 2) for block in model.blocks]
-        logits = [model.decode(part, caches) for part in index.split(lengths, dim=1)]
+        logits = [model.next_logits(part, caches) for part in index.split(lengths, dim=1)]
     ends = torch.tensor(lengths).cumsum(0) - 1
     torch.testing.assert_close(torch.stack(logits, dim=1), expected[:, ends], atol=1e-5, rtol=1e-5)
 
