@@ -664,27 +664,32 @@ def module_weights(module: StandIn, prefix: str = "") -> dict[str, Tensor]:
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes flags with one dash or two, as in `-seed 1`, and names each default in the help."""
+    """Takes flags with one dash or two, as in `-seed 1`, and names each default in the help.
 
-    def __init__(self, description: str):
+    `flags` has a row for each: its name, its type, its default and its help. The type is a function
+    of a text, a tuple of choices, or bool for a flag without a value.
+    """
+
+    def __init__(self, description: str, flags: list[tuple]):
         super().__init__(
             description=description,
             usage=argparse.SUPPRESS,
             allow_abbrev=False,
             argument_default=argparse.SUPPRESS,  # `given` returns no flag that is not there
         )
-        self.defaults = {}
         # Without this, -help would be -h with the value "elp".
         self.add_argument("-help", action="help", help=argparse.SUPPRESS)
-
-    def flag(self, name: str, help: str, default=None, **options) -> None:
-        """Add a flag: `flag("batch_size", type=int, default=32, help="…")`."""
-        self.defaults[name] = default
-        if default is not None:
-            help += f" (default: {default})"
-        if "type" in options:
-            options["metavar"] = options["type"].__name__.upper()  # "-seed INT"
-        self.add_argument(f"-{name}", help=help, **options)
+        self.defaults = {name: default for name, _, default, _ in flags}
+        for name, kind, default, help in flags:
+            if default is not None:
+                help += f" (default: {default})"
+            if kind is bool:
+                options = {"action": "store_true"}
+            elif isinstance(kind, tuple):
+                options = {"choices": kind}
+            else:
+                options = {"type": kind, "metavar": kind.__name__.upper()}  # "-seed INT"
+            self.add_argument(f"-{name}", help=help, **options)
 
     def error(self, message: str) -> NoReturn:
         super().error(escape(message))

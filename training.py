@@ -677,7 +677,7 @@ def save(run: Run, is_best: bool = False) -> None:
                 file.write(",".join(map(str, row)).encode() + b"\n")
         if settings.plot and record.metrics:
             draw_losses(settings.plot, record)
-    except PermissionError as error:  # a spreadsheet has it open
+    except OSError as error:  # perhaps a spreadsheet has it open
         show(f"not written: {explain(error)}; the run goes on", sys.stderr)
 
 
@@ -775,51 +775,48 @@ SHAPE = ("n_embd", "n_head", "n_layer", "block_size")
 
 
 def training_parser() -> Parser:
-    parser = Parser("Train a GPT on output_train.txt and keep the best model.")
-    flag = parser.flag
     integer, positive, real = bounded(int, 0), bounded(int, 1), bounded(float, 0)
+    share, any_seed = bounded(float, 0, below=1), bounded(int, 0, below=2**63)
     rates = ", ".join(f"{rate} with {name}" for name, rate in LEARNING_RATES.items())
     ends = ", ".join(f"{end} of the highest with {name}" for name, end in MIN_LR_SHARES.items())
+    passes = "0 up to 10 passes over the text, 0.2 from 25 on"
     fastest = "cuda" if torch.cuda.is_available() else "cpu"
+    optimizers, dtypes = tuple(LEARNING_RATES), ("float32", "bfloat16", "float16")
     # fmt: off
-    flag("batch_size", "sequences per optimizer step, over all processes", 32, type=positive)
-    flag("block_size", "characters that the model sees at once", 128, type=positive)
-    flag("max_iters", "optimizer steps", 550, type=positive)
-    flag("optimizer", "muon learns more per step, for the blocks", "adamw", choices=LEARNING_RATES)
-    flag("learning_rate", f"highest rate, after the warm-up (default: at most {rates})", type=real)
-    flag("min_lr", f"rate at the last step (default: {ends})", type=real)
-    flag("warmup_iters", "steps of rising rate (default: 150, at most a third of -max_iters)",
-         type=integer)
-    flag("weight_decay", "weight decay, on matrices only", 0.1, type=real)
-    flag("grad_clip", "longest gradient (norm over all weights); 0: any", 1.0, type=real)
-    flag("n_embd", "numbers per character inside the model", 384, type=positive)
-    flag("n_head", "attention heads per layer", 4, type=positive)
-    flag("n_layer", "layers (blocks)", 4, type=positive)
-    flag("dropout", "share of numbers dropped in training (default: 0 up to 10 passes over the "
-         "text, 0.2 from 25 on)", type=bounded(float, 0, below=1))
-    flag("eval_interval", "steps from one evaluation, which also saves, to the next", 100,
-         type=positive)
-    flag("eval_iters", "batches per evaluation and text", 8, type=positive)
-    flag("patience", "stop after so many evaluations without a better one; 0: never", 0,
-         type=integer)
-    flag("seed", "decides initial weights, rows and dropout", 1337,
-         type=bounded(int, 0, below=2**63))
-    flag("device", "cpu, cuda, cuda:1, ...", fastest, type=device)
-    flag("dtype", "for multiplications (default: the fastest here)",
-         choices=("float32", "bfloat16", "float16"))
-    flag("compile", "torch.compile: a minute or more at the start, then faster on a GPU",
-         action="store_true")
-    flag("data_dir", "folder with output_train.txt, output_val.txt and vocab.txt", Path("."),
-         type=Path)
-    flag("model", "file for the trained model", Path("model-01.pkl"), type=Path)
-    flag("resume", "go on with the run whose state is beside -model; without one, start it",
-         action="store_true")
-    flag("init_from", "start from the weights and shape of this model file, not from random ones",
-         type=Path)
-    flag("vocab", "vocab.txt of the -init_from model, if that file holds none", type=Path)
-    flag("plot", "draw the losses into this .png, .svg or .pdf file; needs matplotlib", type=Path)
+    flags = [
+        ("batch_size", positive, 32, "sequences per optimizer step, over all processes"),
+        ("block_size", positive, 128, "characters that the model sees at once"),
+        ("max_iters", positive, 550, "optimizer steps"),
+        ("optimizer", optimizers, "adamw", "muon learns more per step, for the blocks"),
+        ("learning_rate", real, None, f"rate after the warm-up (default: at most {rates})"),
+        ("min_lr", real, None, f"rate at the last step (default: {ends})"),
+        ("warmup_iters", integer, None,
+            "steps of rising rate (default: 150, at most a third of -max_iters)"),
+        ("weight_decay", real, 0.1, "weight decay, on matrices only"),
+        ("grad_clip", real, 1.0, "longest gradient (norm over all weights); 0: any"),
+        ("n_embd", positive, 384, "numbers per character inside the model"),
+        ("n_head", positive, 4, "attention heads per layer"),
+        ("n_layer", positive, 4, "layers (blocks)"),
+        ("dropout", share, None, f"share of numbers dropped in training (default: {passes})"),
+        ("eval_interval", positive, 100, "steps between evaluations, each of which saves"),
+        ("eval_iters", positive, 8, "batches per evaluation and text"),
+        ("patience", integer, 0, "stop after so many evaluations without a better one; 0: never"),
+        ("seed", any_seed, 1337, "decides initial weights, rows and dropout"),
+        ("device", device, fastest, "cpu, cuda, cuda:1, ..."),
+        ("dtype", dtypes, None, "for multiplications (default: the fastest here)"),
+        ("compile", bool, None,
+            "torch.compile: a minute or more at the start, then faster on a GPU"),
+        ("data_dir", Path, Path("."), "folder with output_train.txt, output_val.txt and vocab.txt"),
+        ("model", Path, Path("model-01.pkl"), "file for the trained model"),
+        ("resume", bool, None,
+            "go on with the run whose state is beside -model; without one, start it"),
+        ("init_from", Path, None,
+            "start from the weights and shape of this model file, not from random ones"),
+        ("vocab", Path, None, "vocab.txt of the -init_from model, if that file holds none"),
+        ("plot", Path, None, "draw the losses into this .png, .svg or .pdf file; needs matplotlib"),
+    ]
     # fmt: on
-    return parser
+    return Parser("Train a GPT on output_train.txt and keep the best model.", flags)
 
 
 def check_files(parser: Parser, args: Namespace) -> None:
