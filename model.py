@@ -84,8 +84,9 @@ class MultiHeadAttention(nn.Module):
         self, num_heads: int, head_size: int, n_embd: int, block_size: int, dropout: float
     ):
         super().__init__()
-        heads = [Head(head_size, n_embd, block_size, dropout) for _ in range(num_heads)]
-        self.heads = nn.ModuleList(heads)
+        self.heads = nn.ModuleList(
+            [Head(head_size, n_embd, block_size, dropout) for _ in range(num_heads)]
+        )
         self.proj = Linear(num_heads * head_size, n_embd)
         self.dropout = Dropout(dropout)
 
@@ -191,8 +192,9 @@ class GPTLanguageModel(nn.Module):
         self.block_size = block_size
         self.token_embedding_table = nn.Embedding(vocab_size, n_embd)
         self.position_embedding_table = nn.Embedding(block_size, n_embd)
-        blocks = [Block(n_embd, n_head, block_size, dropout) for _ in range(n_layer)]
-        self.blocks = nn.Sequential(*blocks)
+        self.blocks = nn.Sequential(
+            *[Block(n_embd, n_head, block_size, dropout) for _ in range(n_layer)]
+        )
         self.ln_f = nn.LayerNorm(n_embd)
         self.lm_head = Linear(n_embd, vocab_size)
         self.apply(self._init_weights)
@@ -293,8 +295,8 @@ def sample(
     if temperature < 1e-30 or top_k == 1:  # float32 can't divide by less
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits.float()
-    highest = logits.amax(dim=-1, keepdim=True)
-    logits = (logits - highest) / temperature  # at most 0, so that nothing overflows
+    logits = logits - logits.amax(dim=-1, keepdim=True)  # at most 0, so that nothing overflows
+    logits = logits / temperature
     if top_k is not None:
         # By their ids, not by a threshold: in bfloat16 many logits are equal to the k-th.
         values, ids = logits.topk(top_k)
@@ -757,9 +759,8 @@ def show(text: str, stream: TextIO | None = None, end: str = "\n") -> None:
     Raises OSError.
     """
     stream = stream or sys.stdout
-    text = escape(text) if stream.isatty() else text
     try:
-        print(text, end=end, file=stream, flush=True)
+        print(escape(text) if stream.isatty() else text, end=end, file=stream, flush=True)
     except OSError as error:
         if stream is sys.stdout:
             sys.stdout = None  # or Python would try to write the rest once more at its end
