@@ -216,6 +216,17 @@ def run_main(tmp_path, monkeypatch, extract_here):
         signal.signal(number, handler)
 
 
+class Output(io.StringIO):
+    """A standard output that can't be written any more once `error`, an errno, is set."""
+
+    error = None
+
+    def write(self, text: str) -> int:
+        if self.error:
+            raise OSError(self.error, os.strerror(self.error))
+        return super().write(text)
+
+
 # How it goes and how it ends ----------------------------------------------------------------------
 
 

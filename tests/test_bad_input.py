@@ -10,11 +10,12 @@ import io
 import os
 import re
 from typing import NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
 from archives import DAMAGED, NAMES, tar, xz
-from conftest import MISSING, SCRIPTS, TINY, assert_fails, put, read_folder
+from conftest import MISSING, SCRIPTS, TINY, Output, assert_fails, put, read_folder
 
 from model import GPTLanguageModel, Vocabulary, save_model
 
@@ -97,6 +98,7 @@ FILES = [
     Case(TRAIN, ["-init_from=x.pkl"], 1, "x.pkl: not a model file", {"x.pkl": HARMFUL}),
     Case(TRAIN, ["-resume", "-model=x.pkl"], 1, "x.state.pkl: ", {"x.state.pkl": HARMFUL}),
     Case(CHAT, ["-model=a\nb"], 1, r"a\\nb: "),
+    Case(CHAT, ["-model=in"], 1, f"in: {IS_FOLDER}"),
     Case(CHAT, ["-model=x.pkl"], 1, "x.pkl: not a model file", {"x.pkl": HARMFUL}),
     Case(CHAT, ["-model=bare.pkl", "-vocab=x"], 1, "bare.pkl: knows 11.* 3;", {"x": b"a\nb\n"}),
 ]
@@ -174,34 +176,26 @@ def test_bad_input_is_a_sentence_and_changes_nothing(run_here, case):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_names_every_flag_once_with_its_default(run_here, script, monkeypatch):
-    parsers = []
-    print_help = argparse.ArgumentParser.print_help
-    monkeypatch.setattr(
-        argparse.ArgumentParser, "print_help", lambda self: parsers.append(self) or print_help(self)
-    )
-    monkeypatch.setenv("COLUMNS", "1000")  # so that each flag has a line
-    shown = [run_here(script, [flag])[0] for flag in ("-h", "-help", "--help")]
-    assert {(done.returncode, done.stdout) for done in shown} == {(0, shown[0].stdout)}
-    lines = re.findall(r"^  (-\w+)(.*)", shown[0].stdout, re.MULTILINE)
-    flags = vars(parsers[0].parse_args([]))
-    assert sorted(name for name, _ in lines) == sorted(["-h", *(f"-{name}" for name in flags)])
-    for name, line in lines:
-        default = parsers[0].get_default(name[1:])
-        if default not in (None, False):
-            assert line.endswith(f"(default: {default})")
-        assert re.search("[a-z]{3}", line) and not re.search("None|False|==", line)
-
-
-class FullDisk(io.StringIO):
-    """A standard output that leads to a disk that is full."""
-
-    def write(self, text: str) -> int:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setenv("COLUMNS", "1000")  # so that no text is broken
+    shown, *same = [run_here(script, [flag])[0] for flag in ("-h", "-help", "--help")]
+    assert shown.returncode == 0 and [done.stdout for done in same] == [shown.stdout] * 2
+    texts = re.findall(r"^  (-\w+)(.*(?:\n {3,}.*)?)", shown.stdout, re.MULTILINE)
+    with patch.object(argparse.ArgumentParser, "print_help", autospec=True) as print_help:
+        run_here(script, ["-h"])
+    (parser,) = print_help.call_args.args
+    flags = ["-h", *(f"-{name}" for name in vars(parser.parse_args([])))]
+    assert sorted(flag for flag, _ in texts) == sorted(flags)
+    for flag, text in texts:
+        default = parser.get_default(flag[1:])
+        assert default in (None, False) or text.endswith(f"(default: {default})")
+        assert re.search("[a-z]{3}", text) and not re.search("None|False|==", text)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_output_that_can_not_be_written_is_a_sentence(run_here, script):
-    result, *_ = run_here(script, [], stdout=FullDisk())
+    output = Output()
+    output.error = errno.ENOSPC
+    result, *_ = run_here(script, [], stdout=output)
     assert_fails(result, f"standard output: {os.strerror(errno.ENOSPC)}")
 
 

