@@ -1,4 +1,4 @@
-"""Set up a run of training.py and drive its loop for some steps: for the tests and the benchmark."""
+"""Set up a run of training.py and drive its loop for some steps, for tests and the benchmark."""
 
 import copy
 from argparse import Namespace
