@@ -568,6 +568,7 @@ def describe_end(run: Run) -> str:
 # The record and the files of a run ----------------------------------------------------------------
 
 METRICS = ("step", "train_loss", "val_loss", "learning_rate", "tokens", "seconds")
+ENDINGS = (".state.pkl", ".metrics.csv", ".pkl")  # of the files of a run
 
 
 @dataclass
@@ -639,6 +640,8 @@ def lock_model(model: Path, stack: ExitStack) -> None:
         ) from None
     except OSError as error:  # which names the lock, a file that nobody knows
         raise OSError(error.errno, error.strerror, str(model)) from error
+    for ending in ENDINGS:  # what a killed run was writing
+        Path(f"{os.path.realpath(sibling(model, ending))}.tmp").unlink(missing_ok=True)
 
 
 def save(run: Run, is_best: bool = False) -> None:
@@ -649,9 +652,7 @@ def save(run: Run, is_best: bool = False) -> None:
     Raises OSError.
     """
     settings, record = run.settings, run.record
-    state_path, metrics_path = (
-        sibling(settings.model, ending) for ending in (".state.pkl", ".metrics.csv")
-    )
+    state_path, metrics_path = (sibling(settings.model, ending) for ending in ENDINGS[:2])
     if not record.is_saved:
         for path in (state_path, metrics_path, settings.model):
             if path.exists():

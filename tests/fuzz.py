@@ -17,7 +17,7 @@ import zipfile
 from pathlib import Path
 
 import torch
-from steps import Steps, new_run
+from steps import Steps, new_run, settle
 
 import training
 from model import ModelFileError, Vocabulary, explain, load_model
@@ -82,9 +82,7 @@ def resume(path: Path) -> None:
     """Go on with a run for one step, as training.py does."""
     folder = path.parent
     name = path.name.removesuffix(".state.pkl") + ".pkl"
-    settings, start = training.parse_args(
-        ["-resume", "-model", str(folder / name), "-data_dir", str(folder)]
-    )
+    settings, start = settle(["-resume", "-model", folder / name, "-data_dir", folder])
     vars(settings).update(
         batch_size=4, eval_iters=1, max_iters=10**9, eval_interval=10**9
     )  # however many
