@@ -32,7 +32,6 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import groupby, islice
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -89,11 +88,11 @@ class TrainingError(Exception):
 # The training loop --------------------------------------------------------------------------------
 
 
-def train(run: Run, interruption: Interruption) -> None:
+def train(run: Namespace, interruption: Interruption) -> None:
     """Train until the last step, until `-patience` is exhausted or until a signal arrives.
 
-    A `Run` holds the settings, the model, the texts, the optimizer and the record of its losses.
-    Each evaluation saves. Raises OSError, and TrainingError once the loss is no longer a number.
+    `new_run` makes the run: its settings, model, texts, optimizer and record of losses. Each
+    evaluation saves. Raises OSError, and TrainingError once the loss is no longer a number.
     """
     settings, model, optimizer, record = run.settings, run.model, run.optimizer, run.record
     forward = prepare_forward(run)
@@ -154,7 +153,7 @@ def precision(settings: Namespace) -> torch.autocast:
     return torch.autocast(settings.device.type, settings.dtype, enabled=is_lower)
 
 
-def check_loss(loss: float, run: Run) -> float:
+def check_loss(loss: float, run: Namespace) -> float:
     """Return the loss. Raises TrainingError if it is no longer a number."""
     if not math.isfinite(loss):
         raise TrainingError(
@@ -165,7 +164,7 @@ def check_loss(loss: float, run: Run) -> float:
     return loss
 
 
-def prepare_forward(run: Run) -> torch.nn.Module:
+def prepare_forward(run: Namespace) -> torch.nn.Module:
     """Return what runs the model in training.
 
     That is the model, compiled and shared among processes where that is wanted.
@@ -461,7 +460,7 @@ class Optimizer:
 # Evaluating, and telling about it -----------------------------------------------------------------
 
 
-def evaluate(run: Run, text: Text) -> float:
+def evaluate(run: Namespace, text: Text) -> float:
     """Return the loss of the averaged weights, in nats, on always the same rows of a text.
 
     These rows depend on no flag that -resume may change, so that "best" compares like with like.
@@ -506,7 +505,7 @@ def all_reduce(values: torch.Tensor, operation: str = "SUM") -> torch.Tensor:
     return values
 
 
-def describe(run: Run) -> str:
+def describe(run: Namespace) -> str:
     """Return what is trained, and on what."""
     settings = run.settings
     parameters = sum(weight.numel() for weight in run.model.parameters())
@@ -521,7 +520,7 @@ def describe(run: Run) -> str:
     )
 
 
-def describe_evaluation(run: Run, is_best: bool) -> str:
+def describe_evaluation(run: Namespace, is_best: bool) -> str:
     """Return the losses, and two lines of what the model writes now."""
     settings, step, vocabulary = run.settings, run.record.step, run.vocabulary
     _, train_loss, val_loss, *_ = run.record.metrics[-1]
@@ -536,7 +535,7 @@ def describe_evaluation(run: Run, is_best: bool) -> str:
     return "\n".join([losses, *sample[:2]])
 
 
-def describe_end(run: Run) -> str:
+def describe_end(run: Namespace) -> str:
     """Return why the run ended, and the loss of the best model on the whole validation text.
 
     Of a long text, only as many rows count as a tenth of those that the run has trained on, or as
@@ -597,19 +596,6 @@ class Record:
         return is_best
 
 
-class Run(NamedTuple):
-    """All that a run is made of. The loop changes the models, the optimizer and the record."""
-
-    settings: Namespace  # the flags, with all defaults worked out
-    model: GPTLanguageModel
-    average: GPTLanguageModel  # averaged over the last steps: what is evaluated and kept
-    vocabulary: Vocabulary
-    train_text: Text
-    val_text: Text
-    optimizer: Optimizer
-    record: Record
-
-
 def sibling(model: Path, ending: str) -> Path:
     """Return a file that belongs to a model: m.pkl, ".state.pkl" -> m.state.pkl"""
     return model.with_name(model.name.removesuffix(".pkl") + ending)
@@ -644,7 +630,7 @@ def lock_model(model: Path, stack: ExitStack) -> None:
         Path(f"{os.path.realpath(sibling(model, ending))}.tmp").unlink(missing_ok=True)
 
 
-def save(run: Run, is_best: bool = False) -> None:
+def save(run: Namespace, is_best: bool = False) -> None:
     """Save the model if it is the best so far or the only one, the state and the losses.
 
     In this order: after a kill in between, the resumed run repeats the steps that led to the model.
@@ -698,7 +684,7 @@ def draw_losses(path: Path, record: Record) -> None:
         figure.savefig(file, format=path.suffix[1:], dpi=150)
 
 
-def restore(run: Run, state: dict) -> None:
+def restore(run: Namespace, state: dict) -> None:
     """Bring the run back to where its state was saved.
 
     Raises ModelFileError, and TrainingError for other texts.
@@ -1004,17 +990,25 @@ def new_model(
     return model, vocabulary
 
 
-def new_run(settings: Namespace, start: tuple) -> Run:
-    """Return a run at its beginning. Raises OSError, ModelFileError and TrainingError."""
+def new_run(settings: Namespace, start: tuple) -> Namespace:
+    """Return all that a run is made of, at its beginning.
+
+    Raises OSError, ModelFileError and TrainingError.
+    """
     model, vocabulary, state = start
     if state is None:
         model, vocabulary = new_model(settings, model, vocabulary)
     model.to(settings.device)
-    average = copy.deepcopy(model).eval()
-    names = ("output_train.txt", "output_val.txt")
-    texts = [Text(settings.data_dir / name, vocabulary, settings.block_size) for name in names]
-    optimizer = Optimizer(model, settings)
-    return Run(settings, model, average, vocabulary, *texts, optimizer, Record())
+    return Namespace(
+        settings=settings,  # the flags, with all defaults worked out
+        model=model,
+        average=copy.deepcopy(model).eval(),  # its weights over the last steps: what is kept
+        vocabulary=vocabulary,
+        train_text=Text(settings.data_dir / "output_train.txt", vocabulary, settings.block_size),
+        val_text=Text(settings.data_dir / "output_val.txt", vocabulary, settings.block_size),
+        optimizer=Optimizer(model, settings),
+        record=Record(),
+    )
 
 
 def run_training(parser: Parser, given: dict) -> int:
@@ -1053,7 +1047,7 @@ def run_training(parser: Parser, given: dict) -> int:
         return 0
 
 
-def describe_interruption(run: Run) -> str:
+def describe_interruption(run: Namespace) -> str:
     """Save what was learnt, unless the run has hardly begun, and return how to go on.
 
     Raises OSError.

@@ -15,7 +15,7 @@ def settings_with(flags: list) -> Namespace:
     return settle(flags)[0]
 
 
-def new_run(settings: Namespace, start: tuple = (None, None, None)) -> training.Run:
+def new_run(settings: Namespace, start: tuple = (None, None, None)) -> Namespace:
     return training.new_run(settings, start)
 
 
