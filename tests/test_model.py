@@ -256,7 +256,7 @@ def test_a_vocabulary_turns_text_into_ids_and_back():
     assert len(vocabulary) == 8 and vocabulary.characters == "".join(sorted("\n\t aé“中🙂"))
     assert vocabulary.encode("\t\n🙂") == [0, 1, 7]
     assert vocabulary.decode(vocabulary.encode("中 é\n🙂")) == "中 é\n🙂"
-    with pytest.raises(ValueError, match="'b' is not in the vocabulary"):
+    with pytest.raises(KeyError, match="'b'"):
         vocabulary.encode("ab")
 
 
