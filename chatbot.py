@@ -42,7 +42,7 @@ from model import (
 with contextlib.suppress(ImportError):  # not on Windows
     import readline  # noqa: F401  (gives input() arrow keys and a history)
 
-# Colours of a terminal that can be read on white and on black, each for surprises up to so many bits
+# Colours of a terminal, each for surprises up to so many bits; readable on white and on black
 COLOURS = {1: 28, 3: 32, 5: 166, math.inf: 160}  # green, blue, orange, red
 
 
@@ -50,7 +50,10 @@ COLOURS = {1: 28, 3: 32, 5: 166, math.inf: 160}  # green, blue, orange, red
 
 
 def text(typed: str) -> str:
-    r"""Turn each \n that was typed as two characters into a line end; Windows' shells pass on none."""
+    r"""Turn each \n that was typed as two characters into a line end.
+
+    The shells of Windows can't pass on a real one.
+    """
     return typed.replace("\\n", "\n")
 
 
@@ -153,37 +156,37 @@ def show_surprises(completion: str, bits: list[float], prompt_length: int) -> No
 def answer(prompt: str, model: GPTLanguageModel, vocabulary: Vocabulary, args: Namespace) -> None:
     """Show the prompt and what the model makes of it, and write the page of -look.
 
-    One completion appears as it is made. Several, or one in colours, appear when all are whole.
+    A completion appears as it is made; with colours, or if there are several, once all are whole.
     """
     ids = encode_prompt(prompt, vocabulary)
-    prompt = vocabulary.decode(ids)  # as the model reads it
     index = torch.tensor([ids] * args.batch_size, device=args.device)
     options = (args.max_new_tokens, args.temperature, args.top_k, args.generator)
     columns = (vocabulary.decode(new[:, 0].tolist()) for new in model.stream(index, *options))
-    # Each completion reads the stream of columns on its own and takes its character of each column.
-    # So the model goes on only until the last completion has come to its stop.
+    # Each completion takes its own character of every column, and reads on until its own stop. So
+    # the model goes on only as long as one of them needs it.
     copies = enumerate(tee(columns, args.batch_size))
-    rows = [until(args.stop or "", map(itemgetter(row), copy)) for row, copy in copies]
-    if args.batch_size == 1 and not args.show:
-        show(f"Completion:\n{prompt}", end="")
-        completions = [prompt]
+    endings = [until(args.stop or "", map(itemgetter(row), copy)) for row, copy in copies]
+    if args.batch_size > 1:
+        endings = ["".join(ending) for ending in endings]
+    for number, ending in enumerate(endings, 1):
+        show(f"Completion {number}:" if args.batch_size > 1 else "Completion:")
+        completion = vocabulary.decode(ids)
+        if args.show:
+            completion += "".join(ending)
+            show_surprises(completion, surprises(model, vocabulary.encode(completion)), len(ids))
+            continue
+        show(completion, end="")
         try:
-            for character in rows[0]:
+            for character in ending:
                 show(character, end="")
-                completions[0] += character
+                completion += character
         finally:
             show("")
-    else:
-        completions = [prompt + "".join(row) for row in rows]
-        for number, completion in enumerate(completions, 1):
-            show(f"Completion {number}:" if args.batch_size > 1 else "Completion:")
-            if args.show:
-                bits = surprises(model, vocabulary.encode(completion))
-                show_surprises(completion, bits, len(ids))
-            else:
-                show(completion)
-    if args.look:
-        write_page(args.look, vocabulary.encode(completions[0]), len(ids), model, vocabulary)
+    if args.look:  # shows the only one
+        read = vocabulary.encode(completion)
+        cut = max(0, len(read) - model.block_size)  # the model sees no more at once
+        data = look_inside(model, vocabulary, read[cut:])
+        write_page(args.look, {"cut": cut, "start": len(ids) - cut, **data})
 
 
 def chat(model: GPTLanguageModel, vocabulary: Vocabulary, args: Namespace) -> None:
@@ -208,33 +211,31 @@ def chat(model: GPTLanguageModel, vocabulary: Vocabulary, args: Namespace) -> No
 def look_inside(model: GPTLanguageModel, vocabulary: Vocabulary, ids: list[int]) -> dict:
     """Return what heads and blocks make of a text of at most `block_size` tokens, as plain data.
 
-    `bits`: the surprise of each character but the first.
-    `attention[block][head][t][s]`: how much the head looks from time step t at s, for s <= t.
-    `guesses[0 … blocks][t]`: the five likeliest [character, probability] to follow time step t,
-    before the first block and after each. Attention and probabilities are in thousandths.
+    `bits`: the surprise of each character but the first. `attention[block][head][t][s]`: how much
+    of what a head takes over at time step t comes from s, for s <= t. `guesses[0 … blocks][t]`: the
+    five likeliest [character, probability] to follow t, before the first block and after each.
+    Attention and probabilities are in thousandths.
     """
     T = len(ids)
     index = torch.tensor([ids], device=model.lm_head.weight.device)
     x = model.token_embedding_table(index) + model.position_embedding_table.weight[:T]  # (1, T, C)
+    # If every value is 1 at a place of its own, the weighted means of the values are the weights.
     one_each = torch.eye(T, device=x.device)
-    states, maps = [x], []
+    states, maps, guesses = [x], [], []
     for block in model.blocks:
         maps.append([])
         for head in block.sa.heads:
             q, k, visible = head.query(x), head.key(x), head.tril[:T, :T]
-            # Each value is 1 at one time step of its own, so their weighted means are the weights.
             weights = attention(q, k, one_each, visible, head.dropout)[0]
             rows = (1000 * weights).round().int().tolist()
             maps[-1].append([row[: t + 1] for t, row in enumerate(rows)])
         x = block(x)
         states.append(x)
-    logits = model.lm_head(model.ln_f(torch.cat(states)))  # as if the model ended after each block
-    shares, likeliest = F.softmax(logits, dim=-1).topk(min(5, len(vocabulary)))
-    shares = (1000 * shares).round().int().tolist()
-    guesses = [
-        [list(zip(vocabulary.decode(five), row)) for five, row in zip(step_ids, step_shares)]
-        for step_ids, step_shares in zip(likeliest.tolist(), shares)
-    ]
+    for x in states:  # as if the model ended there
+        probabilities = F.softmax(model.lm_head(model.ln_f(x[0])), dim=-1)
+        shares, likeliest = probabilities.topk(min(5, len(vocabulary)))  # (T, 5)
+        rows = zip(likeliest.tolist(), (1000 * shares).round().int().tolist())
+        guesses.append([list(zip(vocabulary.decode(five), row)) for five, row in rows])
     return {
         "text": vocabulary.decode(ids),
         "bits": [round(surprise, 3) for surprise in surprises(model, ids)],
@@ -243,13 +244,9 @@ def look_inside(model: GPTLanguageModel, vocabulary: Vocabulary, ids: list[int])
     }
 
 
-def write_page(
-    path: Path, ids: list[int], prompt_length: int, model: GPTLanguageModel, vocabulary: Vocabulary
-) -> None:
-    """Write the page that shows the inside of the model, reading this text. Raises OSError."""
-    cut = max(0, len(ids) - model.block_size)  # a model sees no more at once
-    data = {"cut": cut, "start": prompt_length - cut, **look_inside(model, vocabulary, ids[cut:])}
-    # Without a "<", nothing in the text can be markup.
+def write_page(path: Path, data: dict) -> None:
+    """Write the page that shows what `look_inside` has returned. Raises OSError."""
+    # Without a "<", nothing in a text can be markup.
     content = json.dumps(data, separators=(",", ":")).replace("<", r"\u003c")
     with atomic_write(path) as file:
         file.write(PAGE.replace("$DATA", content).encode())
@@ -296,7 +293,9 @@ def parse_args() -> tuple[Namespace, GPTLanguageModel, Vocabulary]:
     )
     args = parser.parse_args()
     if args.look and args.batch_size > 1:
-        parser.error("argument -look: shows one completion; leave out -batch_size")
+        parser.error("argument -look: shows one completion only; leave out -batch_size")
+    if args.look and args.look.suffix == ".pkl":  # would be lost
+        parser.error(f"argument -look: {args.look} is no name for a page; try page.html")
     given = Vocabulary.from_file(args.vocab) if args.vocab else None
     model, vocabulary = load_model(args.model, args.device, given)
     if args.top_k and args.top_k > len(vocabulary):
@@ -325,8 +324,8 @@ def main() -> int:
         message = explain(error)
         if message is None:
             raise
-        if message == f"standard output: {os.strerror(errno.EINVAL)}":
-            return 0
+        if getattr(error, "errno", None) == errno.EINVAL and error.filename == "standard output":
+            return 0  # so Windows calls it when a reader such as `more` has seen enough
         if isinstance(error, FileNotFoundError) and str(error.filename).endswith(".pkl"):
             message += "; train a model with training.py, or name yours with -model"
         show(f"chatbot.py: {message}".replace("\n", r"\n"), sys.stderr)
@@ -349,34 +348,37 @@ h1, h2, p, figure { margin: 0 0 .5rem; } h1 { font-size: 1.4rem; } h2 { font-siz
 main, .row { display: grid; gap: .7rem; --least: 28rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, var(--least)), 1fr)); }
 section { background: var(--card); padding: .9rem 1rem; border-radius: .6rem; min-width: 0; }
-section:last-child { grid-column: 1 / -1; } .row { --least: 13rem; } input, table { width: 100%; }
+section:last-child { grid-column: 1 / -1; } input, table { width: 100%; } #text { cursor: pointer; }
 small, th, figcaption { color: var(--soft); font: .85rem/1.4 system-ui, sans-serif; }
 .text, td { font: 1rem/1.6 ui-monospace, monospace; white-space: break-spaces; }
-.row .text { font-size: .7rem; line-height: 1.3; } i { border-radius: 3px; padding: 0 .3rem; }
-.prompt { font-weight: bold; } .start { border-left: 3px solid var(--ring); } i { font-style: normal; }
-.chosen, .right, :focus-visible { outline: 2px solid var(--ring); }
-.right::after { content: " ✓"; } #text { cursor: pointer; }
-.row span { background: hsl(265 90% 66% / calc(.0008 * var(--share, 0))); }
-.row .chosen ~ span { background: none; opacity: .4; } td { width: 18%; padding: 0 .3rem;
+.chosen, .right, :focus-visible { outline: 2px solid var(--ring); } .prompt { font-weight: bold; }
+.start { border-left: 3px solid var(--ring); } .text, td { overflow-wrap: anywhere; }
+i { font-style: normal; border-radius: 3px; padding: 0 .3rem; } .right::after { content: " ✓"; }
+th { white-space: nowrap; } td { width: 18%; padding: 0 .3rem; border-radius: 3px;
   background: linear-gradient(90deg, #a78bfa88 calc(var(--share) * .1%), var(--paper) 0); }
+figure { content-visibility: auto; contain-intrinsic-size: auto 6rem; padding: 2px; }
+.row { --least: 13rem; } .row .text { font-size: .7rem; line-height: 1.3; margin: 0; }
+.row span { background: hsl(265 90% 66% / calc(.0008 * var(--share, 0))); }
+.row .chosen ~ span { background: none; opacity: .4; }
 </style><h1>Inside a GPT</h1><p id="about"></p>
 <main><section><h2>The text, coloured by surprise</h2><p><small>The chance that the model gave each
   character before it read it: <i style="background: var(--s0)">1/2 or more</i>
   <i style="background: var(--s1)">1/8</i> <i style="background: var(--s2)">1/32</i>
   <i style="background: var(--s3)">less</i>. Bold: the prompt. Look for words: their first letter
   surprises most, their end hardly at all.</small><p class="text" id="text"></p>
-  <input id="place" type="range" min="1" aria-label="Chosen character"><p id="read"></p></section>
+  <input id="place" type="range" min="1" aria-label="Chosen character">
+  <p id="read" role="status"></p></section>
 <section><h2>What it would guess next, after each block</h2><p><small>As if the model ended there.
   Before block 1 it knows this one character only; each block adds what it finds in those before.
   Look for the block that brings up what really follows (✓).</small>
   <table id="guesses"></table></section>
-<section id="heads"><h2>Where each head looks</h2><p><small>The darker a character, the more of
+<section id="heads"><h2>Where each head looks</h2><p><small>The stronger the colour, the more of
   what a head takes over comes from there; above, where it looks most. Grey is not read yet. Look
   for heads that look at the last space, the first letter of the word, the character before, or at
   nothing in particular.</small></section></main>
 <script type="application/json" id="data">$DATA</script><script>
 const $ = id => document.getElementById(id), data = JSON.parse($("data").textContent);
-const text = [...data.text], boxes = [], percent = share => `${Math.round(share / 10)} %`;
+const text = [...data.text], boxes = [], percent = share => `${Math.round(share / 10)}\u00a0%`;
 const sign = c => ({ " ": "␣", "\n": "↵" })[c] ??  // also of what can't be seen
   (/[\p{C}\p{Z}]/u.test(c) ? `\\u{${c.codePointAt().toString(16)}}` : c);
 function add(parent, tag, textContent = "", className = "") {  // as text, never as markup
@@ -393,16 +395,16 @@ characters.forEach((span, t) => {
 data.attention.forEach((heads, block) => {
   const row = add($("heads"), "div", "", "row");
   heads.forEach((looks, head) => {
-    const box = add(row, "figure"), caption = add(box, "figcaption");
-    const spans = write(add(box, "p", "", "text"));
-    boxes.push({ looks, spans, caption, name: `Block ${block + 1}, head ${head + 1}` });
+    const box = add(row, "figure"), caption = add(box, "figcaption"), p = add(box, "p", "", "text");
+    p.ariaHidden = "true";
+    boxes.push({ looks, caption, name: `Block ${block + 1}, head ${head + 1}`, spans: write(p) });
   });
 });
 let chosen, held = false;
 function choose(t) {
   if (!(t in text)) return;
   for (const span of document.querySelectorAll(".chosen")) span.classList.remove("chosen");
-  for (const { looks, spans, caption, name } of boxes) {
+  for (const { looks, caption, name, spans } of boxes) {
     const share = Math.max(...looks[t]), most = text[looks[t].indexOf(share)];
     caption.textContent = `${name}: “${sign(most)}” ${percent(share)}`;
     looks[t].forEach((share, s) => spans[s].style.setProperty("--share", Math.sqrt(1000 * share)));
@@ -424,16 +426,12 @@ function choose(t) {
   chosen = t;
   $("place").value = t + 1;
 }
-const cut = `The last ${text.length} characters, as the model sees no more at once. `;
-$("about").textContent = (data.cut ? cut : "") + "Move over a character, or touch it; a click " +
-  "holds it. ← and → go on from there.";
+const cut = data.cut ? `The last ${text.length} characters: the model sees no more at once. ` : "";
+$("about").textContent = cut + "Move over a character, touch it, or use ← and →; a click holds it.";
 $("place").max = text.length;
 $("place").oninput = event => choose(event.target.value - 1);
 $("text").onpointerover = event => held || choose(characters.indexOf(event.target));
-$("text").onclick = event => {
-  held = !held;
-  choose(characters.indexOf(event.target));
-};
+$("text").onclick = event => { held = !held; choose(characters.indexOf(event.target)); };
 onkeydown = event => {
   const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
   if (step && event.target !== $("place")) choose(chosen + step);
