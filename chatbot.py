@@ -258,39 +258,28 @@ def write_page(path: Path, data: dict) -> None:
 
 def parse_args() -> tuple[Namespace, GPTLanguageModel, Vocabulary]:
     """Return the flags, and the model and its vocabulary. Raises OSError and ModelFileError."""
-    parser = Parser("Talk to a model that training.py has made.")
-    flag, positive = parser.flag, bounded(int, 1)
-    flag("model", type=Path, default=Path("model-01.pkl"), help="file of the trained model")
-    flag("vocab", type=Path, help="vocab.txt, for a model without one, such as the tutorial's")
-    flag("prompt", type=text, help=r"answer this prompt and exit; \n in it means a line end")
-    flag("prompt_file", type=Path, help="answer the text in this file and exit")
-    flag("max_new_tokens", type=positive, default=150, help="characters to add to a prompt")
-    flag("stop", type=text, help=r"end a completion before this text; \n in it means a line end")
-    flag(
-        "temperature",
-        type=bounded(float, 0),
-        default=0.8,
-        help="0: always the likeliest; 1: as learnt; more: wilder",
-    )
-    flag("top_k", type=positive, help="sample only from the k likeliest characters (default: all)")
-    flag(
-        "seed",
-        type=bounded(int, 0, below=2**63),
-        help="makes answers repeatable (default: they differ)",
-    )
-    flag("batch_size", type=positive, default=1, help="completions per prompt, made together")
-    flag(
-        "show",
-        action="store_true",
-        help="colours by probability: green from 1/2, blue 1/8, orange 1/32, red below",
-    )
-    flag("look", type=Path, help="write a page that shows the inside of the model, as page.html")
-    flag(
-        "device",
-        type=device,
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu, cuda, cuda:1, ...",
-    )
+    positive, any_seed = bounded(int, 1), bounded(int, 0, below=2**63)
+    fastest = "cuda" if torch.cuda.is_available() else "cpu"
+    # fmt: off
+    flags = [
+        ("model", Path, Path("model-01.pkl"), "file of the trained model"),
+        ("vocab", Path, None, "vocab.txt of a model whose file holds none, such as the tutorial's"),
+        ("prompt", text, None, r"answer this prompt and exit; \n in it means a line end"),
+        ("prompt_file", Path, None, "answer the text in this file and exit"),
+        ("max_new_tokens", positive, 150, "characters to add to a prompt"),
+        ("stop", text, None, r"end a completion before this text; \n in it means a line end"),
+        ("temperature", bounded(float, 0), 0.8,
+            "0: always the likeliest; 1: as learnt; more: wilder"),
+        ("top_k", positive, None, "sample only from the k likeliest characters (default: all)"),
+        ("seed", any_seed, None, "makes answers repeatable (default: they differ)"),
+        ("batch_size", positive, 1, "completions per prompt, made together"),
+        ("show", bool, None,
+            "colours by probability: green from 1/2, blue 1/8, orange 1/32, red below"),
+        ("look", Path, None, "write a page that shows the inside of the model, as page.html"),
+        ("device", device, fastest, "cpu, cuda, cuda:1, ..."),
+    ]
+    # fmt: on
+    parser = Parser("Talk to a model that training.py has made.", flags)
     args = parser.parse_args()
     if args.look and args.batch_size > 1:
         parser.error("argument -look: shows one completion only; leave out -batch_size")
