@@ -425,7 +425,8 @@ onkeydown = event => {
   const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
   if (step && event.target !== $("place")) choose(chosen + step);
 };
-choose((location.hash.slice(1) || Math.max(1, data.start)) - 1);  // page.html#12: the twelfth
+choose(Math.max(0, data.start - 1));
+choose(location.hash.slice(1) - 1);  // page.html#12 shows the twelfth character
 </script>
 """
 
