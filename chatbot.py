@@ -334,15 +334,15 @@ PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Inside a 
 body { font: 15px/1.4 system-ui, sans-serif; color: var(--ink); background: var(--paper);
   max-width: 75rem; margin: auto; padding: .8rem; accent-color: var(--ring); }
 h1, h2, p, figure { margin: 0 0 .5rem; } h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; }
+small, th, figcaption { color: var(--soft); font: .85rem/1.4 system-ui, sans-serif; }
 main, .row { display: grid; gap: .7rem; --least: 28rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, var(--least)), 1fr)); }
 section { background: var(--card); padding: .9rem 1rem; border-radius: .6rem; min-width: 0; }
 section:last-child { grid-column: 1 / -1; } input, table { width: 100%; } #text { cursor: pointer; }
-small, th, figcaption { color: var(--soft); font: .85rem/1.4 system-ui, sans-serif; }
 .text, td { font: 1rem/1.6 ui-monospace, monospace; white-space: break-spaces; }
-.chosen, .right, :focus-visible { outline: 2px solid var(--ring); } .prompt { font-weight: bold; }
-.start { border-left: 3px solid var(--ring); } .text, td { overflow-wrap: anywhere; }
-i { font-style: normal; border-radius: 3px; padding: 0 .3rem; } .right::after { content: " ✓"; }
+.text, td { overflow-wrap: anywhere; } i { font-style: normal; padding: 0 .3rem; }
+.chosen, .right, :focus-visible { outline: 2px solid var(--ring); } .right::after { content: " ✓"; }
+.prompt { font-weight: bold; } .start { border-left: 3px solid var(--ring); }
 th { white-space: nowrap; } td { width: 18%; padding: 0 .3rem; border-radius: 3px;
   background: linear-gradient(90deg, #a78bfa88 calc(var(--share) * .1%), var(--paper) 0); }
 figure { content-visibility: auto; contain-intrinsic-size: auto 6rem; padding: 2px; }
@@ -355,11 +355,10 @@ figure { content-visibility: auto; contain-intrinsic-size: auto 6rem; padding: 2
   <i style="background: var(--s1)">1/8</i> <i style="background: var(--s2)">1/32</i>
   <i style="background: var(--s3)">less</i>. Bold: the prompt. Look for words: their first letter
   surprises most, their end hardly at all.</small><p class="text" id="text"></p>
-  <input id="place" type="range" min="1" aria-label="Chosen character">
-  <p id="read" role="status"></p></section>
-<section><h2>What it would guess next, after each block</h2><p><small>As if the model ended there.
-  Before block 1 it knows this one character only; each block adds what it finds in those before.
-  Look for the block that brings up what really follows (✓).</small>
+  <input type="range" id="place" min="1" aria-label="Chosen character"><p id="read" role="status">
+</section><section><h2>What it would guess next, after each block</h2><p><small>As if the model
+  ended there. Before block 1 it knows this one character only; each block adds what it finds in
+  those before. Look for the block that brings up what really follows (✓).</small>
   <table id="guesses"></table></section>
 <section id="heads"><h2>Where each head looks</h2><p><small>The stronger the colour, the more of
   what a head takes over comes from there; above, where it looks most. Grey is not read yet. Look
@@ -370,10 +369,8 @@ const $ = id => document.getElementById(id), data = JSON.parse($("data").textCon
 const text = [...data.text], boxes = [], percent = share => `${Math.round(share / 10)}\u00a0%`;
 const sign = c => ({ " ": "␣", "\n": "↵" })[c] ??  // also of what can't be seen
   (/[\p{C}\p{Z}]/u.test(c) ? `\\u{${c.codePointAt().toString(16)}}` : c);
-function add(parent, tag, textContent = "", className = "") {  // as text, never as markup
-  const child = parent.appendChild(document.createElement(tag));
-  return Object.assign(child, { textContent, className });
-}
+const add = (parent, tag, textContent = "", className = "") =>  // as text, never as markup
+  Object.assign(parent.appendChild(document.createElement(tag)), { textContent, className });
 const write = p => text.map(c => add(p, "span", c === " " ? c : sign(c) + (c === "\n" ? c : "")));
 const characters = write($("text"));
 characters.forEach((span, t) => {

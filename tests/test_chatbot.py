@@ -96,7 +96,7 @@ def test_seed_and_temperature_decide_the_answer(chat):
 
 
 def test_several_completions_are_made_together_and_no_further_than_one_needs(chat, monkeypatch):
-    stream = Mock(side_effect=GPTLanguageModel.stream, autospec=True)
+    stream = Mock(side_effect=GPTLanguageModel.stream)
     monkeypatch.setattr(GPTLanguageModel, "stream", lambda *given: stream(*given))
     done = chat("-prompt=abc", "-batch_size=3", "-max_new_tokens=30")
     pattern = "".join(rf"Completion {n}:\nabc[a-z\s]{{30}}\n" for n in (1, 2, 3))
