@@ -58,17 +58,17 @@ def test_the_numbers_are_those_of_the_plain_maths(look, tmp_path, shape, charact
     weights, chances = plain.inside(ids)
     given = chances[-1, :-1].gather(1, ids[0, 1:, None])[:, 0]
     assert data["bits"] == pytest.approx((-given.log2()).tolist(), abs=2e-3)
-    for block, heads in zip(data["attention"], weights, strict=True):
-        for rows, expected in zip(block, heads, strict=True):
-            for t, row in enumerate(rows):
-                assert row == pytest.approx((1000 * expected[t, : t + 1]).tolist(), abs=0.51)
-            assert len(rows) == length
-    for steps, expected in zip(data["guesses"], 1000 * chances, strict=True):
-        for five, row in zip(steps, expected, strict=True):
-            best = row.sort(descending=True).values[:5].tolist()
-            assert [share for _, share in five] == pytest.approx(best, abs=0.51)
-            named = row[vocabulary.encode([character for character, _ in five])]
-            assert named.tolist() == pytest.approx(best, abs=0.1)
+    # The rows of each head are a triangle; zeros make it the square that it is in the maths.
+    square = [
+        [[row + [0] * (length - t - 1) for t, row in enumerate(head)] for head in heads]
+        for heads in data["attention"]
+    ]
+    torch.testing.assert_close(torch.tensor(square) / 1000, weights, atol=6e-4, rtol=0)
+    best = chances.topk(min(5, len(vocabulary))).values
+    shares = [[[share for _, share in five] for five in steps] for steps in data["guesses"]]
+    named = [[vocabulary.encode(dict(five)) for five in steps] for steps in data["guesses"]]
+    torch.testing.assert_close(torch.tensor(shares) / 1000, best, atol=6e-4, rtol=0)
+    torch.testing.assert_close(chances.gather(2, torch.tensor(named)), best, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("flags", [(), ("-show",), ("-stop=\ud800",)])
@@ -103,57 +103,59 @@ def test_what_can_be_foreseen_is_one_line_and_leaves_nothing(look, tmp_path, fla
     assert load_model(tmp_path / "model-01.pkl")
 
 
-def browse(page: str, folder, place: str, script: str = "") -> tuple[str, list, list]:
-    """Return the page as a browser has it after this script: all of it, its texts, its guesses.
+# What a person sees, as data: of each character and guess its class, text and strength
+SEEN = """
+const all = (names, parent = document) => [...parent.querySelectorAll(names)];
+const see = part => [part.className, part.textContent, +part.style.getPropertyValue("--share")];
+const texts = all(".text").map(text => all("span", text).map(see));
+const seen = { texts, guesses: all("td").map(see), rows: all(".row").length, about: $("about")
+  .textContent, read: $("read").textContent, place: $("place").value };
+document.body.replaceChildren(JSON.stringify(seen));
+"""
+PRESS = "".join(f"onkeydown({{key: 'Arrow{way}'}});" for way in ("Right", "Right", "Left"))
+POINT = "characters[5].dispatchEvent(new PointerEvent('pointerover', {bubbles: true}));"
+SLIDE = "$('place').value = 6; $('place').dispatchEvent(new Event('input'));"
 
-    Characters and guesses are triples of class, style and text.
-    """
-    if not BROWSERS:
-        pytest.skip("there is no Chromium here")
-    (folder / "seen.html").write_text(f"{page}<script>{script}</script>", encoding="utf-8")
-    address = (folder / "seen.html").as_uri() + place
-    command = [BROWSERS[0], *OPTIONS, f"--user-data-dir={folder / 'browser'}", address]
+
+def named(character: str) -> str:
+    """Return how the page names a single character."""
+    sign = f"\\u{{{ord(character):x}}}" if character in HIDDEN else character
+    return {" ": "␣", "\n": "↵"}.get(character, sign)
+
+
+@pytest.mark.skipif(not BROWSERS, reason="there is no Chromium here")
+@pytest.mark.parametrize(
+    "prompt, characters", [("abcd", "\n abcdefgh"), (HOSTILE, HOSTILE)], ids=["plain", "hostile"]
+)
+@pytest.mark.parametrize(
+    "place, script", [("#6", ""), ("#5", PRESS), ("", POINT + "choose(16)"), ("#bad", SLIDE)]
+)
+def test_a_person_sees_text_guesses_and_boxes(look, tmp_path, prompt, characters, place, script):
+    _, page, data = look("-prompt", prompt, characters=characters)
+    address = tmp_path / "seen.html"
+    address.write_text(f"{page}<script>{script}</script><script>{SEEN}</script>", "utf-8")
+    command = [BROWSERS[0], *OPTIONS, f"--user-data-dir={tmp_path}", address.as_uri() + place]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=60)
     assert "CONSOLE" not in done.stderr, done.stderr
-    seen = html.unescape(done.stdout.replace("&lt;", "‹"))  # or it would look like a tag
-    item = r'<{0} class="([^"]*)"(?: style="([^"]*)")?>(.*?)</{0}>'
-    texts = re.findall('<p class="text".*?</p>', seen, re.DOTALL)
-    characters = [re.findall(item.format("span"), text, re.DOTALL) for text in texts]
-    return seen.partition("<script")[0], characters, re.findall(item.format("td"), seen)
+    seen = json.loads(html.unescape(re.search("<body>(.*)</body>", done.stdout)[1]))
+    text, *boxes = seen["texts"]
+    length, start = len(data["text"]), data["start"]
+    assert seen["read"].startswith(f"“{named(data['text'][5])}” is character 6 of {length}, ")
+    assert ("no more at once" in seen["about"]) == (prompt == HOSTILE) and seen["place"] == "6"
 
+    running = {" ": " ", "\n": "↵\n"}
+    shown = [running.get(character, named(character)) for character in data["text"]]
+    assert all([sign for _, sign, _ in part] == shown for part in seen["texts"])
+    kinds = [*["prompt"] * start, "start", *[""] * (length - start - 1)]
+    kinds[5] = f"{kinds[5]} chosen".strip()
+    assert [kind for kind, *_ in text] == kinds
 
-KEYS = [f"onkeydown({{key: 'Arrow{way}'}});" for way in ("Right", "Right", "Left")]
-POINT = "characters[5].dispatchEvent(new PointerEvent('pointerover', {bubbles: true}));"
-
-
-@pytest.mark.parametrize(
-    "place, script", [("#6", ""), ("#5", "".join(KEYS)), ("", POINT), ("#bad", POINT)]
-)
-def test_a_person_sees_boxes_guesses_and_the_chosen_place(look, tmp_path, place, script):
-    _, page, data = look("-prompt=abcd")
-    seen, (text, *boxes), guesses = browse(page, tmp_path, place, script)
-    assert "is character 6 of 10, " in seen and "no more at once" not in seen
-    assert [name.strip() for name, *_ in text] == [*4 * ["prompt"], "start", "chosen", *4 * [""]]
-    assert len(boxes) == 2 * 3 and seen.count('<div class="row">') == 2
+    assert len(boxes) == 2 * 3 and seen["rows"] == 2
     for box, looks in zip(boxes, [*data["attention"][0], *data["attention"][1]]):
-        assert [name for name, *_ in box] == [*5 * [""], "chosen", *4 * [""]]
-        shares = [float(style.strip("-share: ;")) ** 2 / 1000 for _, style, _ in box[:6]]
-        assert shares == pytest.approx(looks[5])
-    expected = [
-        ("right" if character == data["text"][6] else "", f"--share: {share};", character)
-        for block in data["guesses"]
-        for character, share in block[5]
-    ]
-    signs = {"␣": " ", "↵": "\n"}
-    assert expected == [(*it, signs.get(shown[0], shown[0])) for *it, shown in guesses]
-    assert len(guesses) == 3 * 5
+        assert [kind for kind, *_ in box] == [*[""] * 5, "chosen", *[""] * (length - 6)]
+        assert [strength**2 / 1000 for *_, strength in box[:6]] == pytest.approx(looks[5])
 
-
-def test_a_person_sees_any_text_as_text_and_how_much_was_cut(look, tmp_path):
-    _, page, data = look("-prompt", HOSTILE, characters=HOSTILE)
-    seen, (text, *boxes), _ = browse(page, tmp_path, "#1")
-    assert "The last 16 characters: " in seen and "is character 1 of 16." in seen
-    escapes = {character: f"\\u{{{ord(character):x}}}" for character in HIDDEN}
-    signs = {**escapes, "\n": "↵\n", "<": "‹"}
-    expected = [signs.get(character, character) for character in data["text"]]
-    assert all([shown for *_, shown in part] == expected for part in (text, *boxes))
+    fives = [five for block in data["guesses"] for five in block[5]]
+    expected = [["right" * (c == data["text"][6]), named(c), share] for c, share in fives]
+    guesses = [[kind, sign.partition(" ")[0], share] for kind, sign, share in seen["guesses"]]
+    assert guesses == expected and len(guesses) == 3 * 5
