@@ -762,8 +762,8 @@ def show(text: str, stream: TextIO | None = None, end: str = "\n") -> None:
     try:
         print(escape(text) if stream.isatty() else text, end=end, file=stream, flush=True)
     except OSError as error:
-        if stream is sys.stdout:
-            sys.stdout = None  # or Python would try to write the rest once more at its end
+        if stream is sys.stdout:  # or Python would try to write the rest once more at its end
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         raise OSError(error.errno, error.strerror, "standard output") from error
 
 
