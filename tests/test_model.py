@@ -382,7 +382,7 @@ def test_the_tutorials_models_load_whatever_their_module_is_called(theirs):
     for name, expected in logits.items():
         assert name.startswith("cuda") == (b"cuda:0" in (theirs / name).read_bytes())
         model, vocabulary = load_model(theirs / name, vocabulary=given)
-        assert vocabulary.characters == "\n abcdefghi" and model.lm_head.bias.dtype == torch.float32
+        assert vocabulary.characters == "\n abcdefghi"
         torch.testing.assert_close(model(index)[0], expected, atol=1e-5, rtol=0)
 
 
