@@ -817,6 +817,10 @@ def check_files(parser: Parser, args: Namespace) -> None:
             f"argument -init_from: the first save of {args.model} would displace "
             f"{args.init_from}; name another -model"
         )
+    if args.vocab and not args.init_from:
+        parser.error(
+            "argument -vocab: goes with -init_from only; training takes the vocab.txt in -data_dir"
+        )
     if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):
         parser.error(f"argument -plot: {str(args.plot)!r} does not end in .png, .svg or .pdf")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
