@@ -127,9 +127,11 @@ def find_archives(data_dir: Path) -> tuple[list[Archive], Counter[str]]:
                 name = path.relative_to(data_dir).as_posix()
                 archives += list_archives(Archive(name, path, 0, path.stat().st_size), passed_over)
     if not archives:
-        problem = f"{data_dir}: holds no .tar, .xz or .txt file; put your archives or texts there"
-        counts = [f"{reason}: {count:,}" for reason, count in passed_over.items()]
-        raise DataError("; ".join([problem, *counts]))
+        counts = [f"; {reason}: {count:,}" for reason, count in passed_over.items()]
+        raise DataError(
+            f"{data_dir}: holds no .tar, .xz or .txt file; put your archives or texts there"
+            + "".join(counts)
+        )
     return sorted(archives, key=lambda one: (one.name.rpartition("/")[2], one.name)), passed_over
 
 
@@ -501,8 +503,8 @@ def extract(
     train_path, val_path, vocab_path = (folder / name for name in OUTPUT_NAMES)
     is_cut = len(archives) < FEW
     first_val = len(archives) if is_cut else int(TRAIN_SHARE * len(archives))
-    size = sum(archive.size for archive in archives)
-    with tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar:
+    total = sum(archive.size for archive in archives)
+    with tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
         for index, (counts, found, damage) in enumerate(extract_all(archives, folder)):
             name, part = archives[index].name, folder / str(index)
             path, text = (train_path, train) if index < first_val else (val_path, val)
@@ -528,8 +530,8 @@ def extract(
     counts = passed_over + train + val
     notes += [f"{what}: {n:,}" for what, n in counts.items() if what.startswith("passed over")]
     if not train["characters"] or not val["characters"]:
-        notes.insert(0, "too little text: training and validation both need some; add more")
-        raise DataError("; ".join(notes))
+        reason = "too little text: training and validation both need some; add more"
+        raise DataError("; ".join([reason, *notes]))
     rare = {c for c, count in seen.items() if count < min_count and not c.isascii()}
     kept = seen.keys() - rare
     if rare:
@@ -782,8 +784,8 @@ def run(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as sample, ExitStack() as stack:
         data_dir = args.data_dir or Path(DEFAULT_DATA_DIR)
         if not args.data_dir and not data_dir.is_dir():
-            sample_notice = "using the built-in sample, the Python reference"
-            show(f"no {DEFAULT_DATA_DIR} folder here: {sample_notice}", sys.stderr)
+            notice = "using the built-in sample, the Python reference"
+            show(f"no {DEFAULT_DATA_DIR} folder here: {notice}", sys.stderr)
             data_dir = Path(sample)
             write_sample(data_dir)
         found, passed_over = find_archives(data_dir)
