@@ -127,9 +127,11 @@ def find_archives(data_dir: Path) -> tuple[list[Archive], Counter[str]]:
                 name = path.relative_to(data_dir).as_posix()
                 archives += list_archives(Archive(name, path, 0, path.stat().st_size), passed_over)
     if not archives:
-        problem = f"{data_dir}: holds no .tar, .xz or .txt file; put your archives or texts there"
-        counts = [f"{reason}: {count:,}" for reason, count in passed_over.items()]
-        raise DataError("; ".join([problem, *counts]))
+        counts = [f"; {reason}: {count:,}" for reason, count in passed_over.items()]
+        raise DataError(
+            f"{data_dir}: holds no .tar, .xz or .txt file; put your archives or texts there"
+            + "".join(counts)
+        )
     return sorted(archives, key=lambda one: (one.name.rpartition("/")[2], one.name)), passed_over
 
 
@@ -194,25 +196,32 @@ def take_sample(archives: list[Archive], rate: float, seed: int) -> list[Archive
 
 
 def read_archive(archive: Archive, counts: Counter[str]) -> Iterator[str]:
-    """Yield an archive's text in bounded pieces, and count what is in it. Raises Damaged."""
-    ending = archive.name.lower()[-4:]
+    """Yield an archive's text in bounded pieces, and count what it holds. Raises Damaged."""
     with name_file_in_errors(archive.path), open(archive.path, "rb") as file:
         file.seek(archive.start)
-        if ending.endswith(".xz"):
-            yield from read_xz(file, archive.size, counts, archive.level, judge_at_end=True)
-            return
-        head = file.read(min(BLOCK, archive.size))
-        if ending == ".tar" or is_tar_header(head):
-            is_listed = ending == ".tar"
-            yield from read_tar(file, head, archive.size, counts, archive.level, is_listed)
-        else:
-            last = "\n"
-            for text in text_pieces(read_blocks(file, head), counts, judge_at_end=True):
-                yield text
-                last = text or last
-            counts["documents"] += 1
-            if not last.endswith("\n"):
-                yield "\n"
+        yield from read_content(archive.name, file, archive.size, counts, archive.level, True)
+
+
+def read_content(
+    name: str, stream: BinaryIO, size: int, counts: Counter[str], level: int, is_archive: bool
+) -> Iterator[str]:
+    """Yield the text of the next `size` bytes of a stream, opened by their name and what they are.
+
+    They are an archive of their own, or else a member of a tar, `level` archives deep. Raises
+    NotText and Damaged.
+    """
+    ending = name.lower()[-4:]
+    if ending.endswith(".xz"):
+        yield from read_xz(stream, size, counts, level, is_archive)
+        return
+    head = stream.read(min(BLOCK, size))
+    if ending == ".tar" or is_tar_header(head):
+        is_listed = is_archive and ending == ".tar"
+        yield from read_tar(stream, head, size, counts, level, is_listed)
+    elif is_archive:
+        yield from read_text(read_blocks(stream, head, size), counts)
+    else:
+        yield from read_document(read_blocks(stream, head, size), counts)
 
 
 class Window:
@@ -233,20 +242,21 @@ class Window:
 
 
 def read_xz(
-    packed: BinaryIO, size: int, counts: Counter[str], level: int, judge_at_end: bool
+    packed: BinaryIO, size: int, counts: Counter[str], level: int, is_archive: bool
 ) -> Iterator[str]:
     """Yield the text of the .xz data in the next `size` bytes: of a tar, or of one text.
 
-    That text is a shard, to be joined to others as it is. Raises Damaged.
+    That text is a shard, to be joined to others as it is. Raises NotText and Damaged.
     """
     window = Window(packed, size)
-    stream = io.BufferedReader(lzma.LZMAFile(window, format=lzma.FORMAT_XZ), READ_SIZE)  # noqa: SIM115
+    unpacked = lzma.LZMAFile(window, format=lzma.FORMAT_XZ)  # noqa: SIM115
+    stream = io.BufferedReader(unpacked, READ_SIZE)
     try:
         head = stream.read(BLOCK)
         if is_tar_header(head):
-            yield from read_tar(stream, head, ENDLESS, counts, level)
+            yield from read_tar(stream, head, ENDLESS, counts, level, is_listed=False)
         else:
-            yield from text_pieces(read_blocks(stream, head), counts, judge_at_end)
+            yield from text_pieces(read_blocks(stream, head), counts, judge_at_end=is_archive)
             counts["documents"] += 1
     except (EOFError, lzma.LZMAError) as error:
         raise Damaged(f"it is not a sound .xz file ({error})") from None
@@ -255,38 +265,37 @@ def read_xz(
 
 
 def read_tar(
-    stream: BinaryIO,
-    head: bytes,
-    size: int,
-    counts: Counter[str],
-    level: int,
-    is_listed: bool = False,
+    stream: BinaryIO, head: bytes, size: int, counts: Counter[str], level: int, is_listed: bool
 ) -> Iterator[str]:
     """Yield the text of a tar's documents, and of the archives in it. What is no text is left out.
 
-    Its first block `head` has been read. Raises Damaged.
+    Its first block `head` has been read. If it `is_listed`, list_archives has listed the archives
+    in it and counted what is no part of the corpus. Raises Damaged.
     """
     if level > DEEPEST:
         raise Damaged(f"it holds archives in archives, more than {DEEPEST} levels deep")
     for name, _, length in tar_members(stream, size, head):
         reason = reason_in_name(name)
-        ending = name.lower()[-4:]
-        if is_listed and (reason or ending.endswith(PACKED)):
-            continue  # list_archives has counted or listed it
+        if is_listed and (reason or name.lower().endswith(PACKED)):
+            continue
         if reason:
             counts[reason] += 1
             continue
         try:
-            if ending.endswith(".xz"):
-                yield from read_xz(stream, length, counts, level + 1, judge_at_end=False)
-                continue
-            head = stream.read(min(length, BLOCK))
-            if ending == ".tar" or is_tar_header(head):
-                yield from read_tar(stream, head, length, counts, level + 1)
-            else:
-                yield from read_document(read_blocks(stream, head, length), counts)
+            yield from read_content(name, stream, length, counts, level + 1, is_archive=False)
         except NotText:
             counts["passed over (not text)"] += 1
+
+
+def read_text(blocks: Iterator[bytes], counts: Counter[str]) -> Iterator[str]:
+    """Yield a plain text in pieces; it ends with a newline. Raises NotText."""
+    last = "\n"
+    for text in text_pieces(blocks, counts, judge_at_end=True):
+        yield text
+        last = text or last
+    counts["documents"] += 1
+    if not last.endswith("\n"):
+        yield "\n"
 
 
 def read_document(blocks: Iterator[bytes], counts: Counter[str]) -> Iterator[str]:
@@ -494,8 +503,8 @@ def extract(
     train_path, val_path, vocab_path = (folder / name for name in OUTPUT_NAMES)
     is_cut = len(archives) < FEW
     first_val = len(archives) if is_cut else int(TRAIN_SHARE * len(archives))
-    size = sum(archive.size for archive in archives)
-    with tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar:
+    total = sum(archive.size for archive in archives)
+    with tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
         for index, (counts, found, damage) in enumerate(extract_all(archives, folder)):
             name, part = archives[index].name, folder / str(index)
             path, text = (train_path, train) if index < first_val else (val_path, val)
@@ -521,8 +530,8 @@ def extract(
     counts = passed_over + train + val
     notes += [f"{what}: {n:,}" for what, n in counts.items() if what.startswith("passed over")]
     if not train["characters"] or not val["characters"]:
-        notes.insert(0, "too little text: training and validation both need some; add more")
-        raise DataError("; ".join(notes))
+        reason = "too little text: training and validation both need some; add more"
+        raise DataError("; ".join([reason, *notes]))
     rare = {c for c, count in seen.items() if count < min_count and not c.isascii()}
     kept = seen.keys() - rare
     if rare:
@@ -634,69 +643,68 @@ def write_outputs(args: argparse.Namespace, archives: list[Archive], passed_over
     Returns a summary.
     """
     temporary = args.output_dir / "data_extract.tmp"
-    clean_up(temporary, args.output_dir)  # after a run that was killed
+    shutil.rmtree(temporary, ignore_errors=True)  # what a killed run has left
     try:
         temporary.mkdir()
         summary = extract(archives, passed_over, temporary, args.skip_corrupt, args.min_count)
-        sync_outputs(temporary)
         move_outputs(temporary, args.output_dir)
     finally:
-        clean_up(temporary, args.output_dir)
+        shutil.rmtree(temporary, ignore_errors=True)
     return summary
 
 
-def sync_outputs(folder: Path) -> None:
-    """Bring files to the disk, or a power cut could leave empty ones under their later names."""
-    for path in [folder / name for name in OUTPUT_NAMES]:
-        with name_file_in_errors(path), open(path, "r+b") as file:
-            try:
-                os.fsync(file.fileno())
-            except OSError as error:
-                if error.errno not in NO_FSYNC:
-                    raise
-
-
 def move_outputs(temporary: Path, folder: Path) -> None:
-    """Move former outputs from `folder` to `temporary`, and the new ones the other way.
+    """Move the outputs from `temporary` to `folder`; if one can't be moved, put all back.
 
-    `vocab.txt` goes first and comes last: training refuses what a kill leaves in between. If this
-    raises DataError, `clean_up` has to undo what was done.
+    `vocab.txt` goes first and comes last: training refuses what a kill leaves in between.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # nothing comes after this, and it takes moments
     former = temporary / "former"
     former.mkdir()
+    for name in OUTPUT_NAMES:
+        flush_to_disk(temporary / name)
     try:
         for name in reversed(OUTPUT_NAMES):
             if (folder / name).is_file():
                 replace(folder / name, former / name)
         for name in OUTPUT_NAMES:
             replace(temporary / name, folder / name)
-    except OSError as error:
-        problem = f"{error.strerror}; is it open in another program?"
-        raise DataError(f"{folder / name}: {problem}") from None
+    except BaseException as error:  # also Ctrl-C
+        for moved in OUTPUT_NAMES:
+            if not (temporary / moved).exists():
+                replace(folder / moved, temporary / moved)
+            if (former / moved).exists():
+                replace(former / moved, folder / moved)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(folder / name)) from error
+        raise
 
 
-def clean_up(temporary: Path, folder: Path) -> None:
-    """Put former outputs back if not all of the new ones were moved, and remove `temporary`."""
-    former = temporary / "former"
-    if former.exists() and (temporary / "vocab.txt").exists():  # which is the last to be moved
-        for name in OUTPUT_NAMES:
-            if (folder / name).exists() and not (temporary / name).exists():
-                os.rename(folder / name, temporary / name)
-            if (former / name).exists():
-                os.rename(former / name, folder / name)
-        former.rmdir()
-    shutil.rmtree(temporary, ignore_errors=True)
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file is on the disk, or a power cut could leave an empty one under its name."""
+    with name_file_in_errors(path), open(path, "r+b") as file:
+        try:
+            os.fsync(file.fileno())
+        except OSError as error:
+            if error.errno not in NO_FSYNC:
+                raise
 
 
 def replace(source: Path, target: Path) -> None:
-    """Move a file onto another. On Windows this waits until no program has them open, for 3 s."""
-    for _ in range(30):
-        with suppress(PermissionError):
+    """Rename a file, over another if there is one. Raises OSError.
+
+    Windows refuses while another program has either of them open. So this tries again for three
+    seconds.
+    """
+    deadline = time.monotonic() + 3
+    while True:
+        try:
             return os.replace(source, target)
+        except PermissionError as error:
+            if time.monotonic() > deadline:
+                raise PermissionError(
+                    error.errno, f"{error.strerror}; does another program have it open?"
+                ) from None
         time.sleep(0.1)
-    os.replace(source, target)
 
 
 # The built-in sample ------------------------------------------------------------------------------
@@ -725,9 +733,11 @@ def write_sample(folder: Path) -> None:
 
 def parse_args(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, description=__doc__.split("\n")[0], allow_abbrev=False
+        usage=argparse.SUPPRESS,
+        description=__doc__.split("\n")[0],
+        allow_abbrev=False,
+        formatter_class=argparse.MetavarTypeHelpFormatter,  # "-seed int"
     )
-    parser.formatter_class = argparse.MetavarTypeHelpFormatter  # "-seed int"
     flag = parser.add_argument
     flag("-help", action="help", help=argparse.SUPPRESS)  # else it would be -h with a value, "elp"
     flag(
@@ -760,9 +770,9 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
         default=1337,
         help="decides which archives -sample_rate takes (default: %(default)s)",
     )
-    # --seed is -seed
-    single = [re.sub(r"^--(?=\w+(=|$))", "-", argument) for argument in arguments]
-    args = parser.parse_args(single)
+    args = parser.parse_args(
+        [re.sub(r"^--(?=\w+(=|$))", "-", argument) for argument in arguments]  # --seed is -seed
+    )
     if not 0 < args.sample_rate <= 1:
         parser.error(f"argument -sample_rate: {args.sample_rate} is not above 0 and at most 1")
     if args.min_count < 1:
@@ -774,8 +784,8 @@ def run(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as sample, ExitStack() as stack:
         data_dir = args.data_dir or Path(DEFAULT_DATA_DIR)
         if not args.data_dir and not data_dir.is_dir():
-            notice = f"no {DEFAULT_DATA_DIR} folder here: using the built-in sample"
-            show(f"{notice}, the Python reference", sys.stderr)
+            notice = "using the built-in sample, the Python reference"
+            show(f"no {DEFAULT_DATA_DIR} folder here: {notice}", sys.stderr)
             data_dir = Path(sample)
             write_sample(data_dir)
         found, passed_over = find_archives(data_dir)
@@ -785,8 +795,9 @@ def run(args: argparse.Namespace) -> None:
         try:
             stack.enter_context(locked(args.output_dir / "data_extract.lock.tmp"))
         except BlockingIOError:
-            problem = "another extraction is at work there; wait for its end"
-            raise DataError(f"{args.output_dir}: {problem}") from None
+            raise DataError(
+                f"{args.output_dir}: another extraction is at work there; wait for its end"
+            ) from None
         summary = write_outputs(args, archives, passed_over)
     if args.sample_rate < 1:
         summary.append(f"sample: {len(archives):,} of {len(found):,} archives")
@@ -803,9 +814,8 @@ def main() -> int:
     args = parse_args(sys.argv[1:])
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # those of IDLE and Jupyter lack it
-            stream.reconfigure(
-                errors="backslashreplace"
-            )  # names of archives may be of any encoding
+            # Names of archives may be of any encoding.
+            stream.reconfigure(errors="backslashreplace")
     # So that temporary files are removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     status = 1

@@ -1,20 +1,20 @@
-"""What the tests of all scripts share: making texts, running a script as a person does, and judging
-how it ended.
+"""What all tests share: making texts, running a script as a person does, judging how it ended.
 
 A script runs in a process of its own where processes, signals or files of the system matter, and
 else in this one, since it takes seconds to start. Both ways give a CompletedProcess.
 """
 
 import csv
+import ctypes
+import errno
 import io
 import os
 import re
 import signal
 import subprocess
 import sys
-import threading
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -27,32 +27,30 @@ from model import GPTLanguageModel
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"data_extract.py": data_extract, "training.py": training, "chatbot.py": chatbot}
-TINY = [
-    "-batch_size=4",
-    "-block_size=8",
-    "-n_embd=16",
-    "-n_head=2",
-    "-n_layer=1",
-    "-eval_iters=2",
-    "-device=cpu",
-]
-PROGRESS = r"extracting|replacing|loss|\s*\d+%"
+TINY = ["-batch_size=4", "-block_size=8", "-n_embd=16", "-n_head=2", "-n_layer=1"]
+TINY += ["-eval_iters=2", "-device=cpu"]
+PROGRESS = r"extracting|replacing|loss|\s*\d+%|\s*$"
 NOTICES = "no openwebtext|passed over|left out|.*there is no run to go on with"
 
+linux = pytest.mark.skipif(sys.platform != "linux", reason="looks at processes through /proc")
 posix = pytest.mark.skipif(
-    os.name != "posix", reason="POSIX links, limits, devices and permissions"
+    os.name != "posix", reason="Windows has no such links, limits, devices or permissions"
 )
-signals = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals to send")
-linux = pytest.mark.skipif(
-    not Path("/proc/self/stat").exists(), reason="looks at processes through /proc"
+signals = pytest.mark.skipif(
+    os.name != "posix", reason="Windows has no SIGHUP and sends no signal to another process"
 )
 
-if (
-    signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-):  # as when a shell starts pytest in the background
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # or the scripts would not see a Ctrl-C either
+# A pattern of what the system says of a file that isn't there. Some of Windows's own functions say
+# it in other words, which depend on its language, and on whether a file or a folder is missing.
+WORDS = [ctypes.FormatError(code).rstrip(".") for code in (2, 3)] if os.name == "nt" else []
+MISSING = "(" + "|".join(map(re.escape, [os.strerror(errno.ENOENT), *WORDS])) + ")"
+
+STOPS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if os.name == "posix" else [])]
+
+# A shell that starts pytest in the background lets it ignore Ctrl-C, and so would the scripts.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 # Files --------------------------------------------------------------------------------------------
 
@@ -76,9 +74,7 @@ def read_folder(folder: Path) -> dict[str, bytes]:
 def write_texts(
     folder: Path, train: str | None = None, val: str | None = None, vocabulary: str = ""
 ) -> Path:
-    """Write the three files that training.py reads. By default, the texts are easy to learn for the
-    TINY shape.
-    """
+    """Write the three files that training.py reads; by default texts that TINY learns easily."""
     if train is None:
         train, val = "the cat sat on the mat\n" * 200, val or "the mat sat on the cat\n" * 20
     texts = {"output_train.txt": train, "output_val.txt": val or train}
@@ -88,8 +84,9 @@ def write_texts(
 
 
 def metrics(folder: Path, name: str = "model-01") -> list[dict]:
-    """The rows of the metrics that a run has left."""
-    return list(csv.DictReader((folder / f"{name}.metrics.csv").read_text().splitlines()))
+    """Return the rows of the metrics that a run has left."""
+    text = (folder / f"{name}.metrics.csv").read_text(encoding="utf-8")
+    return list(csv.DictReader(text.splitlines()))
 
 
 @pytest.fixture
@@ -99,14 +96,12 @@ def texts(tmp_path):
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory) -> dict[str, bytes]:
-    """The files of a run of two steps, by name: run.pkl and those beside it, and its texts."""
+    """Return the files of a run of two steps, by name: run.pkl and those beside it, its texts."""
     folder = write_texts(tmp_path_factory.mktemp("run"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        assert (
-            training.run_training(*training.parse_args([*TINY, "-max_iters=2", "-model=run.pkl"]))
-            == 0
-        )
+        patch.setattr(sys, "argv", ["training.py", *TINY, "-max_iters=2", "-model=run.pkl"])
+        assert training.main() == 0
     return read_folder(folder)
 
 
@@ -115,19 +110,12 @@ def finished_run(tmp_path_factory) -> dict[str, bytes]:
 
 def popen_options(name: str, args: tuple, cwd: Path, processes: int = 1) -> dict:
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    launcher = torchrun if processes > 1 else []
+    one_thread = {"OMP_NUM_THREADS": "1"}  # see the fixture of this name
     return {
-        "args": [
-            sys.executable,
-            *(torchrun if processes > 1 else []),
-            str(ROOT / name),
-            *map(str, args),
-        ],
+        "args": [sys.executable, *launcher, str(ROOT / name), *map(str, args)],
         "cwd": cwd,
-        "env": {
-            **os.environ,
-            "PYTHONIOENCODING": "utf-8",
-            "OMP_NUM_THREADS": "1",
-        },  # fast enough for tiny models
+        "env": {**os.environ, "PYTHONIOENCODING": "utf-8", **one_thread},
         "encoding": "utf-8",
         "stdout": subprocess.PIPE,
         "stderr": subprocess.PIPE,
@@ -136,65 +124,52 @@ def popen_options(name: str, args: tuple, cwd: Path, processes: int = 1) -> dict
 
 @pytest.fixture
 def run_script(tmp_path):
-    """`run_script("chatbot.py", "-top_k", 3, cwd=..., stdin="...")` runs it to its end, in its own
-    process.
-    """
+    """`run_script("chatbot.py", "-top_k", 3, stdin="…")` runs it to its end in its own process."""
 
-    def run(
-        name: str, *args, cwd: Path = tmp_path, stdin: str = "", timeout: float = 60, **options
-    ):
-        return subprocess.run(
-            **popen_options(name, args, cwd), input=stdin, timeout=timeout, **options
-        )
+    def run(name: str, *args, cwd: Path = tmp_path, stdin: str = "", timeout=60, **options):
+        options = popen_options(name, args, cwd) | options
+        return subprocess.run(**options, input=stdin, timeout=timeout)
 
     return run
 
 
 @pytest.fixture
 def start_script(tmp_path):
-    """`start_script("training.py", ...)` starts it in a process group of its own and gives the
-    Popen, for signals.
+    """`start_script("training.py", …)` starts it in a process group and gives the Popen.
 
-    With `processes=2`, torchrun starts it twice. What is left of the group is killed when the test
-    ends.
+    With `processes=2`, torchrun starts it twice. What is left of it when the test ends is killed.
     """
-    started = []
+    with ExitStack() as ends:
 
-    def start(
-        name: str, *args, cwd: Path = tmp_path, processes: int = 1, **options
-    ) -> subprocess.Popen:
-        options = {"stdin": subprocess.DEVNULL, "start_new_session": True, **options}
-        process = subprocess.Popen(**popen_options(name, args, cwd, processes) | options)
-        started.append((process, processes, threading.Timer(600, process.kill)))
-        started[-1][-1].start()  # so that no test can wait for ever
-        return process
+        def start(name: str, *args, cwd: Path = tmp_path, processes: int = 1, **options):
+            options = {"stdin": subprocess.DEVNULL, "start_new_session": True, **options}
+            options = popen_options(name, args, cwd, processes) | options
+            process = ends.enter_context(subprocess.Popen(**options))
+            ends.callback(end_group, process, processes)
+            return process
 
-    yield start
-    for process, processes, alarm in started:
-        alarm.cancel()
-        if process.poll() is None and processes > 1:
-            process.terminate()  # torchrun's processes are in groups of their own, which it ends within 30 seconds
-            process.wait(timeout=60)
-        if os.name == "posix":
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
-        process.kill()
-        process.communicate()
+        yield start
+
+
+def end_group(process: subprocess.Popen, processes: int) -> None:
+    if processes > 1:
+        process.terminate()  # torchrun ends its own, which are in other groups, within 30 seconds
+        process.wait(timeout=60)
+    if os.name == "posix":
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Use one thread, as the processes do: more are no faster for tiny models, and far slower on a
-    busy machine.
-    """
+    """Use one thread: more are no faster for tiny models, and far slower on a busy machine."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture
 def extract_here(monkeypatch):
-    """Let archives be extracted in this process, since others would not see what a test has
-    changed.
-    """
+    """Extract archives in this process, as others would not see what a test has changed."""
 
     def extract_all(archives, parts):
         for index, archive in enumerate(archives):
@@ -205,9 +180,7 @@ def extract_here(monkeypatch):
 
 @pytest.fixture
 def short_samples(monkeypatch):
-    """Let the model write 8 characters after each evaluation, not 160, which take most of the time
-    of a tiny run.
-    """
+    """Let the model write 8 characters after an evaluation: 160 take most of a tiny run's time."""
     generate = GPTLanguageModel.generate
     monkeypatch.setattr(
         GPTLanguageModel, "generate", lambda *args, **options: generate(*args[:2], 8, **options)
@@ -216,37 +189,26 @@ def short_samples(monkeypatch):
 
 @pytest.fixture
 def run_main(tmp_path, monkeypatch, extract_here):
-    """`run_main("chatbot.py", "-top_k", 3, stdin=..., stdout=...)` runs a script's main() in this
-    process.
-    """
-    handlers = {
-        number: signal.getsignal(number) for number in (2, 15, getattr(signal, "SIGHUP", 2))
-    }
+    """`run_main("chatbot.py", "-top_k", 3, stdin=…)` runs a script's main() in this process."""
+    handlers = {number: signal.getsignal(number) for number in STOPS}
 
     def run(name: str, *args, cwd: Path = tmp_path, **streams) -> subprocess.CompletedProcess:
-        modes = {
-            "stdin": "strict",
-            "stdout": "strict",
-            "stderr": "backslashreplace",
-        }  # as Python has it
-        own = {
-            name: io.TextIOWrapper(io.BytesIO(), "utf-8", mode, write_through=True)
-            for name, mode in modes.items()
-        }
         arguments = [name, *map(str, args)]
+        modes = {"stdin": "strict", "stdout": "strict", "stderr": "backslashreplace"}  # Python's
+        own = {
+            stream: io.TextIOWrapper(io.BytesIO(), "utf-8", mode, newline="\n", write_through=True)
+            for stream, mode in modes.items()
+        }
         with monkeypatch.context() as patch:
             patch.chdir(cwd)
             patch.setattr(sys, "argv", arguments)
-            for stream in modes:
-                patch.setattr(sys, stream, streams.get(stream, own[stream]))
+            for stream, file in (own | streams).items():
+                patch.setattr(sys, stream, file)
             try:
                 status = SCRIPTS[name].main()
             except SystemExit as end:
                 status = end.code
-        shown = (
-            own[stream].buffer.getvalue().decode("utf-8", "replace")
-            for stream in ("stdout", "stderr")
-        )
+        shown = [own[stream].buffer.getvalue().decode() for stream in ("stdout", "stderr")]
         return subprocess.CompletedProcess(arguments, status, *shown)
 
     yield run
@@ -254,24 +216,34 @@ def run_main(tmp_path, monkeypatch, extract_here):
         signal.signal(number, handler)
 
 
+class Output(io.StringIO):
+    """A standard output that can't be written any more once `error`, an errno, is set."""
+
+    error = None
+
+    def write(self, text: str) -> int:
+        if self.error:
+            raise OSError(self.error, os.strerror(self.error))
+        return super().write(text)
+
+
 # How it goes and how it ends ----------------------------------------------------------------------
 
 
 def notices(errors: str) -> list[str]:
-    """The lines on standard error but those of progress bars."""
-    return [
-        line
-        for line in re.split(r"[\r\n]+", errors)
-        if line.strip() and not re.match(PROGRESS, line)
-    ]
+    """Return the lines on standard error but those of progress bars."""
+    lines = re.findall(r"[^\r\n]+", errors)
+    return [line for line in lines if not re.match(PROGRESS, line)]
 
 
 def assert_fails(result: subprocess.CompletedProcess, message: str, status: int = 1) -> None:
-    """Check that a run ended with this status and, after notices, one line with this message (a
-    pattern).
+    """Check that a run ended with this status and, after notices, one line with this message.
+
+    The message is a pattern; a `/` in it stands for whatever parts the names in the system's paths.
     """
     assert result.returncode == status, result.stderr
     script = next(Path(arg).name for arg in result.args if arg.endswith(".py"))
+    message = message.replace("/", r"[/\\]")
     *before, line = notices(result.stderr)
     assert re.match(rf"{script}: .*{message}", line) and "None" not in line, result.stderr
     assert all(re.match(NOTICES, notice) for notice in before), result.stderr
@@ -288,18 +260,17 @@ def wait_until_shown(process: subprocess.Popen, text: str, stream: str = "stderr
     """Read standard error, or another stream, up to this text."""
     shown = ""
     while text not in shown:
-        shown += (character := getattr(process, stream).read(1))
+        character = getattr(process, stream).read(1)
         assert character, shown
+        shown += character
 
 
 def processes_of(group: int) -> dict[int, str]:
-    """The living processes of a process group, with their command lines."""
+    """Return the living processes of a process group, with their command lines."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            state, _, number = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
-            if int(number) == group and state != "Z":
-                found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
-        except OSError:
-            pass  # it has ended just now
+        with suppress(OSError):  # it has ended just now
+            command = (folder / "cmdline").read_text(encoding="utf-8", errors="replace")
+            if os.getpgid(int(folder.name)) == group and command:  # a zombie has none
+                found[int(folder.name)] = command.replace("\0", " ")
     return found

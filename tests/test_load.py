@@ -17,22 +17,21 @@ from pathlib import Path
 
 import pytest
 from archives import as_files, as_outer_tars, documents, read_three, shards, three_files, xz
-from conftest import TINY, processes_of, put, wait_until_shown, write_texts
+from conftest import TINY, linux, processes_of, put, write_texts
 
 from model import GPTLanguageModel, Vocabulary, save_model
 
-pytestmark = pytest.mark.skipif(
-    not Path("/proc/self/status").exists(), reason="looks at processes through /proc"
-)
+pytestmark = linux
 
 
 def memory(pid: int | str) -> float:
-    """Megabytes that a process has for itself."""
-    return int(re.search(r"RssAnon:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) / 1000
+    """Return the megabytes that a process has for itself."""
+    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    return int(re.search(r"RssAnon:\s+(\d+)", status)[1]) / 1000
 
 
 def watch(run: subprocess.Popen) -> tuple[float, int]:
-    """Megabytes and open files of the largest process of a run that has to end well."""
+    """Return megabytes and open files of the largest process of a run that has to end well."""
     most, files, printed = 0, 0, []
     reader = threading.Thread(target=lambda: printed.extend(run.communicate()))
     reader.start()
@@ -46,11 +45,8 @@ def watch(run: subprocess.Popen) -> tuple[float, int]:
 
 
 def check_extraction(start_script, folder: str, limit: int = 200) -> None:
-    started = time.monotonic()
-    run = start_script("data_extract.py", f"-data_dir={folder}")
-    megabytes, files = watch(run)
-    print(f"{folder}: took {time.monotonic() - started:.1f} s")
-    print(f"the largest process had {megabytes:.0f} MB, and {files} files open")
+    megabytes, files = watch(start_script("data_extract.py", f"-data_dir={folder}"))
+    print(f"{folder}: the largest process had {megabytes:.0f} MB, and {files} files open")
     assert megabytes < limit and files < 40
 
 
@@ -63,70 +59,65 @@ def test_an_archive_that_unpacks_to_300_times_its_size_is_streamed(start_script,
 
 
 @pytest.mark.soak
-def test_as_many_archives_as_openwebtext_has(start_script, tmp_path):
+@pytest.mark.parametrize("pack", [as_files, as_outer_tars])
+def test_as_many_archives_as_openwebtext_has(start_script, tmp_path, pack):
     corpus = shards(20_610)
-    put(tmp_path / "files", as_files(corpus))
-    put(tmp_path / "tars", as_outer_tars(corpus))
-    expected = three_files([documents(corpus[name]) for name in sorted(corpus)])
-    for folder in ("files", "tars"):
-        check_extraction(start_script, folder)
-        assert read_three(tmp_path) == expected
+    put(tmp_path / "in", pack(corpus))
+    check_extraction(start_script, "in")
+    assert read_three(tmp_path) == three_files([documents(corpus[name]) for name in sorted(corpus)])
 
 
 FLAGS = [*TINY, "-max_iters=200", "-eval_interval=50", "-batch_size=32"]
 
 
-def train_on(start_script, folder: Path, size: int, *flags) -> tuple[float, float]:
-    """Seconds until the first evaluation, and megabytes at most, of a run on two texts of this
-    size.
+def train_on(start_script, folder: Path, size: int, *flags) -> float:
+    """Return the megabytes that a run on two texts of this size has at most.
+
+    The texts take little room on the disk: they are NULs with some pages of text among them.
     """
     write_texts(folder, "the cat sat on the mat\n\0")
-    for name in (
-        "output_train.txt",
-        "output_val.txt",
-    ):  # NULs that take no room, but for some pages of text
+    for name in ("output_train.txt", "output_val.txt"):
         with open(folder / name, "wb") as file:
             for place in (0, size // 2, size - 2_300_000):
                 file.seek(place)
                 file.write(b"the cat sat on the mat\n" * 100_000)
-        assert (status := (folder / name).stat()).st_size == size and status.st_blocks * 512 < 10e6
-    started = time.monotonic()
-    run = start_script("training.py", *flags, cwd=folder)
-    wait_until_shown(run, ": train loss", "stdout")
-    seconds = time.monotonic() - started
-    return seconds, watch(run)[0]
+        assert (folder / name).stat().st_blocks * 512 < 10e6
+    megabytes, _ = watch(start_script("training.py", *flags, cwd=folder))
+    return megabytes
 
 
 def test_training_on_a_text_larger_than_memory(start_script, tmp_path):
-    seconds, megabytes = train_on(start_script, tmp_path, 50_000_000_000, *FLAGS, "-max_iters=60")
-    assert seconds < 30 and megabytes < 500
+    assert train_on(start_script, tmp_path, 50_000_000_000, *FLAGS, "-max_iters=60") < 500
+
+
+DEFAULT = ["-max_iters=10", "-eval_interval=5"]
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize(
-    "flags", [FLAGS, [*FLAGS, "-optimizer=muon"], ["-max_iters=10", "-eval_interval=5"]]
+    ("flags", "more"), [(FLAGS, 400), ([*FLAGS, "-optimizer=muon"], 400), (DEFAULT, 20)]
 )
 def test_training_on_a_text_larger_than_memory_takes_no_more_than_on_a_small_one(
-    start_script, tmp_path, flags
+    start_script, tmp_path, flags, more
 ):
-    for more in (flags, ["-resume", "-max_iters=400" if flags[0] in FLAGS else "-max_iters=20"]):
-        small, large = (
-            train_on(start_script, tmp_path / str(n), n, *more) for n in (5_000_000, 50_000_000_000)
-        )
-        assert large[0] < small[0] + 5
-        assert large[1] < small[1] + 60
+    for command in (flags, ["-resume", f"-max_iters={more}"]):
+        small = train_on(start_script, tmp_path / "small", 5_000_000, *command)
+        large = train_on(start_script, tmp_path / "large", 50_000_000_000, *command)
+        assert large < small + 60
 
 
 class Clock(io.StringIO):
-    """A standard output that notes when it is written to, and how much memory the process has then."""
+    """A standard output that notes when it is written to, and what memory the process has then."""
 
     def __init__(self):
         super().__init__()
         self.times, self.megabytes = [], []
 
     def write(self, text: str) -> int:
-        self.times += [time.perf_counter()] if text else []
-        self.megabytes += [memory("self")] if text and len(self.times) % 100 == 0 else []
+        if text:
+            self.times.append(time.perf_counter())
+        if len(self.times) % 100 == 0:
+            self.megabytes.append(memory("self"))
         return super().write(text)
 
 
@@ -142,10 +133,7 @@ def test_every_token_of_a_long_chat_takes_the_same_time_and_memory(
     clock, part = Clock(), count // 5
     flags = ["-prompt=a", "-device=cpu", f"-max_new_tokens={count}", "-seed=1"]
     assert run_main("chatbot.py", *flags, stdout=clock).returncode == 0
-    seconds = [after - before for before, after in zip(clock.times, clock.times[1:])][:count]
+    seconds = [after - before for before, after in zip(clock.times, clock.times[1:])]
     first, last = (statistics.quantiles(times)[0] for times in (seconds[:part], seconds[-part:]))
-    assert (
-        len(seconds) == count
-        and last < 1.5 * first
-        and max(clock.megabytes) < clock.megabytes[0] + 8
-    )
+    assert len(seconds) >= count and last < 1.5 * first
+    assert max(clock.megabytes) < clock.megabytes[0] + 8

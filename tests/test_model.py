@@ -1,8 +1,10 @@
-"""model.py: the mathematics of the design, generation with a cache, and model files that run no
-code.
+"""model.py: the mathematics of the design, generation with a cache, files that run no code.
+
+At the end stands the rule of the house: what each script may import.
 """
 
 import argparse
+import ast
 import io
 import json
 import math
@@ -12,14 +14,13 @@ import re
 import subprocess
 import sys
 from collections import Counter, defaultdict, deque
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, put, wait_for, write_texts
-from hostile import ATTACKS, calls, hostile_files
+from hostile import calls, hostile_files
 from reference import PlainGPT
 
 import model as gpt
@@ -27,6 +28,7 @@ from model import GPTLanguageModel, ModelFileError, Vocabulary, load_model, save
 
 SHAPE = {"vocab_size": 11, "n_embd": 24, "n_head": 3, "n_layer": 2, "block_size": 16}
 VOCABULARY = Vocabulary("abcdefghijk")
+SAVERS = pytest.mark.parametrize("dump", [torch.save, pickle.dump])
 
 
 @pytest.fixture
@@ -71,60 +73,29 @@ def test_dropout_zeroes_its_share_and_keeps_the_mean(p):
     assert y[y != 0].unique().tolist() == pytest.approx([1 / (1 - p)], rel=0.02)
     assert y.mean().item() == pytest.approx(1, rel=0.05)
     y.sum().backward()
-    assert torch.equal(
-        x.grad, y.detach()
-    )  # what was dropped gets no gradient, the rest the same factor
+    assert x.grad.equal(y)  # what was dropped gets no gradient, the rest the same factor
 
 
-def test_dropout_takes_any_size_and_repeats_with_the_seed():
-    for x in map(torch.ones, (1, 7, 8, 9, 1023)):
-        states = [torch.manual_seed(7).get_state()] * 2
-        first, second = (torch.set_rng_state(state) or gpt.Dropout(0.5)(x) for state in states)
-        assert first.equal(second)
-        assert gpt.Dropout(0.5).eval()(x).equal(x) and gpt.Dropout(0.0)(x).equal(x)
-
-
-def test_dropout_on_attention_weights_drops_whole_weights_at_the_right_scale():
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_dropout_on_attention_weights_drops_whole_weights_at_the_right_scale(is_causal):
     torch.manual_seed(8)
     head = gpt.Head(head_size=32, n_embd=64, block_size=32, dropout=0.25)
-    eye = torch.eye(32).expand(500, 2, 32, 32)
+    values = torch.eye(32).expand(500, 2, 32, 32)  # so that what comes out are the weights
     equal = torch.zeros(500, 2, 32, 32)
-    for is_causal in (True, False):
-        weights = gpt.fused_attention(
-            equal, equal, eye, head.tril, head.dropout, is_causal
-        )  # since the values are 1
-        kept = weights[:, :, -1] != 0
-        assert kept.float().mean().item() == pytest.approx(0.75, abs=0.01)
-        torch.testing.assert_close(weights[:, :, -1][kept].unique(), torch.tensor([1 / 32 / 0.75]))
-        assert not weights.triu(1).any()
+    weights = gpt.fused_attention(equal, equal, values, head.tril, head.dropout, is_causal)
+    last = weights[:, :, -1]
+    assert (last != 0).float().mean().item() == pytest.approx(0.75, abs=0.01)
+    torch.testing.assert_close(last[last != 0].unique(), torch.tensor([1 / 32 / 0.75]))
+    assert not weights.triu(1).any()
 
 
 def test_multi_head_attention_equals_its_heads_one_by_one(both_ways):
     torch.manual_seed(3)
-    many = gpt.MultiHeadAttention(
-        num_heads=4, head_size=8, n_embd=32, block_size=20, dropout=0.3
-    ).eval()
+    many = gpt.MultiHeadAttention(4, head_size=8, n_embd=32, block_size=20, dropout=0.3).eval()
     for time_steps in (1, 7, 20):
         x = torch.randn(5, time_steps, 32)
         one_by_one = many.proj(torch.cat([head(x) for head in many.heads], dim=-1))
         torch.testing.assert_close(many(x), one_by_one, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("shape", [(8, 8), (3, 8), (1, 8)], ids=str)
-def test_fused_attention_sees_what_its_mask_says(shape):
-    torch.manual_seed(5)
-    time_steps, others = shape
-    q, k, v = (
-        torch.randn(2, 3, time_steps, 4),
-        torch.randn(2, 3, others, 4),
-        torch.randn(2, 3, others, 4),
-    )
-    visible = torch.rand(shape) < 0.5  # no triangle, also where it is square
-    visible[:, 2] = True
-    expected = gpt.attention(q, k, v, visible, gpt.Dropout(0.0))
-    torch.testing.assert_close(
-        gpt.fused_attention(q, k, v, visible, gpt.Dropout(0.0), is_causal=False), expected
-    )
 
 
 def test_weights_have_the_names_and_shapes_of_the_tutorial_and_masks_are_not_in_the_file():
@@ -151,23 +122,19 @@ def test_initial_weights_are_small_normal_and_biases_zero():
 
 BAD_SHAPES = [
     *({name: value} for name in SHAPE for value in (0, -1)),
-    {"n_embd": 25},
-    {"n_head": 5},
+    *({"n_embd": 25}, {"n_head": 5}),
+    *({"dropout": value} for value in (1.0, -0.1, math.nan)),
 ]
 
 
-@pytest.mark.parametrize(
-    "arguments", [*BAD_SHAPES, {"dropout": 1.0}, {"dropout": -0.1}, {"dropout": math.nan}]
-)
+@pytest.mark.parametrize("arguments", BAD_SHAPES, ids=str)
 def test_impossible_shapes_are_refused(arguments):
     with pytest.raises(ValueError, match="must be"):
         GPTLanguageModel(**{**SHAPE, **arguments})
 
 
 @pytest.mark.parametrize("time_steps", [1, 2, 15, 16])
-def test_logits_loss_and_gradients_equal_those_of_the_reference(
-    model, plain, time_steps, both_ways
-):
+def test_logits_loss_and_gradients_equal_the_references(model, plain, time_steps, both_ways):
     index, targets = random_ids(3, time_steps), random_ids(3, time_steps).flip(0)
     (logits, loss), (plain_logits, plain_loss) = model(index, targets), plain(index, targets)
     torch.testing.assert_close(logits, plain_logits, atol=1e-5, rtol=1e-5)
@@ -177,18 +144,6 @@ def test_logits_loss_and_gradients_equal_those_of_the_reference(
     plain_gradients = {name: p.grad for name, p in plain.named_parameters()}
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, plain_gradients[name], atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("threads", [1, 2, 5])
-@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (3, 16)])
-def test_logits_are_the_same_with_and_without_gradients(model, shape, threads):
-    torch.set_num_threads(
-        threads
-    )  # by which a multiplication by a single row is cut, where that goes
-    with torch.no_grad():
-        without, loss = model(random_ids(*shape))
-    assert without.shape == (*shape, SHAPE["vocab_size"]) and loss is None
-    torch.testing.assert_close(without, model(random_ids(*shape))[0], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(1, 0), (1, 17), (4, 100)])
@@ -201,46 +156,45 @@ def test_no_time_steps_and_too_many_are_refused(model, shape):
 
 
 @pytest.mark.parametrize("lengths", [[16], [1] * 16, [5, 1, 1, 9], [15, 1]], ids=str)
+@pytest.mark.parametrize(("rows", "threads"), [(2, 1), (1, 1), (1, 2), (1, 5)])
 @pytest.mark.parametrize("gradients", [True, False])
-def test_logits_with_a_cache_equal_those_without(model, lengths, gradients, both_ways):
-    index = random_ids(2, 16)
-    expected = model(index)[0]
+def test_logits_with_a_cache_equal_those_without(
+    model, lengths, rows, threads, gradients, both_ways
+):
+    torch.set_num_threads(threads)  # among which a multiplication by a single row is shared out
+    index = random_ids(rows, 16)
+    expected, loss = model(index)
+    assert loss is None
     with torch.set_grad_enabled(gradients):
-        caches = [gpt.Cache(block.sa, 2) for block in model.blocks]
-        logits = [model.decode(part, caches) for part in index.split(lengths, dim=1)]
+        caches = [gpt.Cache(block.sa, rows) for block in model.blocks]
+        logits = [model.next_logits(part, caches) for part in index.split(lengths, dim=1)]
     ends = torch.tensor(lengths).cumsum(0) - 1
     torch.testing.assert_close(torch.stack(logits, dim=1), expected[:, ends], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("length", [3, 16, 40])
-def test_the_model_sees_all_of_a_short_text_and_half_a_window_to_a_window_of_a_long_one(
-    model, plain, length
-):
+def test_the_model_sees_all_of_a_short_text_and_at_least_half_a_window(model, plain, length):
     prompt = random_ids(2, length)
     text = model.generate(prompt, 30, temperature=0)
     assert text.shape == (2, length + 30) and text[:, :length].equal(prompt)
-    seen = min(
-        length, 16
-    )  # a prompt is cropped to the window; a full window is started anew from its second half
+    seen = min(length, 16)
     for position in range(length, length + 30):
-        seen = seen if seen <= 16 else 8
+        if seen > 16:  # a full window is started anew from its second half
+            seen = 8
         expected = plain(text[:, position - seen : position])[0][:, -1].argmax(-1)
         assert text[:, position].equal(expected), position
         seen += 1
 
 
 def test_stream_yields_what_generate_returns_and_repeats_with_the_generator(model):
-    prompt, seeds = random_ids(2, 4), [1, 1, 2, 1]
-    *options, last = (
-        {"top_k": 5, "generator": torch.Generator().manual_seed(seed)} for seed in seeds
-    )
-    first, same, other = (
-        model.generate(prompt, 20, temperature=1.3, **option) for option in options
-    )
-    assert first.equal(same) and not first.equal(other)
-    assert torch.cat([prompt, *model.stream(prompt, 20, temperature=1.3, **last)], dim=1).equal(
-        first
-    )
+    prompt = random_ids(2, 4)
+
+    def options(seed):
+        return dict(temperature=1.3, top_k=5, generator=torch.Generator().manual_seed(seed))
+
+    text = model.generate(prompt, 20, **options(1))
+    assert torch.cat([prompt, *model.stream(prompt, 20, **options(1))], dim=1).equal(text)
+    assert not model.generate(prompt, 20, **options(2)).equal(text)
 
 
 @pytest.mark.parametrize(("temperature", "top_k"), [(2.0, 4), (1.0, None), (0.5, 3), (1.0, 11)])
@@ -266,7 +220,6 @@ def test_top_k_keeps_exactly_k_of_equally_likely_tokens(dtype):
     drawn = gpt.sample(logits, 1.0, 4, torch.Generator().manual_seed(1))
     assert len(drawn.unique()) == 4 and (drawn == 3).any()
     assert gpt.sample(logits, 1.0, 1, None).unique().tolist() == [3]
-    assert len(gpt.sample(logits * 0, 1.0, 1, None).unique()) == 1
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -282,18 +235,17 @@ def test_generation_needs_no_gradients_and_leaves_the_mode_as_it_was(model, trai
     assert model.training is training
 
 
-BAD_OPTIONS = [{"top_k": 0}, {"top_k": 12}, {"temperature": -0.5}, {"temperature": math.nan}]
+BAD_OPTIONS = [
+    *({"top_k": 0}, {"top_k": 12}, {"temperature": -0.5}, {"temperature": math.nan}),
+    *({"index": [[]]}, {"index": [[11]]}, {"index": [[-1]]}),
+]
 
 
-@pytest.mark.parametrize(
-    "options", [{"index": [[]]}, {"index": [[11]]}, {"index": [[-1]]}, *BAD_OPTIONS]
-)
+@pytest.mark.parametrize("options", BAD_OPTIONS, ids=str)
 def test_generation_refuses_bad_ids_and_options(model, options):
+    index = torch.tensor(options.get("index", [[0]])).long()
     with pytest.raises(ValueError, match="must be"):
-        model.generate(
-            max_new_tokens=1,
-            **{**options, "index": torch.tensor(options.get("index", [[0]])).long()},
-        )
+        model.generate(**{"max_new_tokens": 1, **options, "index": index})
 
 
 # The vocabulary -----------------------------------------------------------------------------------
@@ -304,14 +256,15 @@ def test_a_vocabulary_turns_text_into_ids_and_back():
     assert len(vocabulary) == 8 and vocabulary.characters == "".join(sorted("\n\t aé“中🙂"))
     assert vocabulary.encode("\t\n🙂") == [0, 1, 7]
     assert vocabulary.decode(vocabulary.encode("中 é\n🙂")) == "中 é\n🙂"
-    with pytest.raises(ValueError, match="'b' is not in the vocabulary"):
+    with pytest.raises(KeyError, match="'b'"):
         vocabulary.encode("ab")
 
 
+VOCABULARY_FILES = ["\n\n \n中\n🙂\n", "b\na\n", "abc", "cab\n", "a\nb", "\n", "\ufeffa\n"]
+
+
 @pytest.mark.parametrize("newline", ["\n", "\r\n"], ids=["Linux", "Windows"])
-@pytest.mark.parametrize(
-    "text", ["\n\n \n中\n🙂\n", "b\na\n", "abc", "cab\n", "a\nb", "\n", "\ufeffa\n"]
-)
+@pytest.mark.parametrize("text", VOCABULARY_FILES)
 def test_a_vocabulary_file_gives_the_characters_in_it(tmp_path, text, newline):
     path = tmp_path / "vocab.txt"
     path.write_text(text, encoding="utf-8", newline=newline)
@@ -336,118 +289,65 @@ def test_a_saved_model_comes_back_whole_and_in_eval_mode(model, saved):
     assert loaded(index)[0].equal(model.eval()(index)[0])
     assert [file.name for file in saved.parent.iterdir()] == ["model.pkl"]
     assert torch.load(saved, weights_only=True).keys() == {"config", "vocabulary", "weights"}
-    loaded(index, index)[1].backward()  # it can be trained on
-    assert all(p.grad is not None for p in loaded.parameters())
 
 
 VISION_MODEL = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.ReLU())
-SAFETENSORS = (66).to_bytes(
-    8, "little"
-) + b'{"lm_head.bias":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
-BYTES = [
-    b"",
-    b"no pickle",
-    b"<!DOCTYPE html>",
-    b".",
-    b"\x80\x04",
-    b"PK\5\6" + bytes(18),
-    b"PK",
-    SAFETENSORS,
-]
-NO_MODELS = [
-    "text",
-    1,
-    None,
-    {1: 2},
-    [{}],
-    {"model": 1},
-    {"transformer.wte.weight": torch.zeros(65, 8)},
-]
-NO_MODELS += [
-    VISION_MODEL,
-    VISION_MODEL.state_dict(),
-    torch.zeros(3),
-    {"weights": None},
-    {"model": VISION_MODEL},
+TENSOR = b'{"lm_head.bias":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+NOT_MODELS = [
+    *(b"", b"no pickle", b"<!DOCTYPE html>", b".", b"\x80\x04", b"PK\5\6" + bytes(18), b"PK"),
+    len(TENSOR).to_bytes(8, "little") + TENSOR,  # as in a file of safetensors
+    *("text", None, {1: 2}, [{}], {"model": 1}, {"weights": None}, torch.zeros(3)),
+    {"transformer.wte.weight": torch.zeros(65, 8)},  # GPT-2's name
+    *(VISION_MODEL, VISION_MODEL.state_dict(), {"model": VISION_MODEL}),
 ]
 
 
-@pytest.mark.parametrize("dump", [torch.save, pickle.dump])
+@SAVERS
 def test_what_is_no_model_is_refused_in_one_line(tmp_path, dump):
     path = tmp_path / "model.pkl"
-    for content in (*BYTES, *NO_MODELS):
+    wrong = rf"^{re.escape(str(path))}: not a model file that can be read \([ -~]+$"
+    for content in NOT_MODELS:
         with open(path, "wb") as file:
             file.write(content) if isinstance(content, bytes) else dump(content, file)
-        with pytest.raises(
-            ModelFileError, match=rf"^{re.escape(str(path))}: not a model file[ -~]+$"
-        ) as caught:
+        with pytest.raises(ModelFileError, match=wrong) as caught:
             load_model(path)
         assert len(str(caught.value).removeprefix(str(path))) < 200
-    for where, kind in (tmp_path, IsADirectoryError), (tmp_path / "no.pkl", FileNotFoundError):
-        with pytest.raises(kind):
-            load_model(where)
 
 
-NAMES = (
-    "more",
-    "blocks.2.ln1.bias",
-    "blocks.0.sa.heads.3.key.weight",
-    1,
-    "lm_head.weight",
-    "ln1.bias",
-)
+OTHER_NAMES = ["more", "blocks.2.ln1.bias", "blocks.0.sa.heads.3.key.weight", 1]
+OTHER_SHAPES = [torch.zeros(23), torch.zeros(24, 1), torch.zeros(1).expand(2**40)]
 SPOILT = {  # in a file of ours: what takes the place of a part, or of a part of it
     ("config", "dropout"): ["0.1", math.nan, True, 9],
     ("config", "layers"): [1],
     ("config",): [[1], 1],
     ("vocabulary",): [11, None],
     ("weights",): [{}, None],
-    ("weights", "ln_f.bias"): [
-        torch.zeros(23),
-        torch.zeros(24, 1),
-        [0.0] * 24,
-        torch.zeros(1).expand(2**40),
-        None,
-    ],
-    ("weights", "blocks.1.ln1.bias"): [
-        torch.tensor([*[0.0] * 23, value]) for value in (math.nan, -math.inf, 1e30)
-    ],
-    **{("weights", name): [torch.zeros(24)] for name in NAMES},
+    ("weights", "ln_f.bias"): [*OTHER_SHAPES, [0.0] * 24, None],
+    **{("weights", name): [torch.zeros(24)] for name in OTHER_NAMES},
 }
 
 
 @pytest.mark.parametrize("place", SPOILT, ids=str)
 def test_parts_that_do_not_make_a_model_are_refused(saved, place):
-    absurd = place == ("weights", "blocks.1.ln1.bias")
-    reason = (
-        r"blocks\.1\.ln1\.bias is NaN or absurd in places; use"
-        if absurd
-        else r"not a model file that can be read \("
-    )
     original = saved.read_bytes()
     for value in SPOILT[place]:
         content = torch.load(io.BytesIO(original), weights_only=True)
-        (content if len(place) == 1 else content[place[0]])[place[-1]] = value
+        part = content[place[0]] if len(place) == 2 else content
+        part[place[-1]] = value
         torch.save(content, saved)
-        with pytest.raises(ModelFileError, match=rf"model\.pkl: {reason}[ -~]+$"):
+        with pytest.raises(ModelFileError, match=r"model\.pkl: not a model file .*\([ -~]+$"):
             load_model(saved)
 
 
-def assert_cuts_are_refused(path: Path, step: int) -> int:
-    """Cut the file after every `step`-th byte, and after each of the last hundred; return how many
-    times.
-    """
-    data, cut = path.read_bytes(), path.with_name("cut.pkl")
-    ends = [*range(0, len(data) - 100, step), *range(len(data) - 100, len(data))]
-    for end in reversed(ends):
-        cut.write_bytes(data[:end])
-        with pytest.raises(ModelFileError, match=r"cut\.pkl: not a model file[^\n]*$"):
-            load_model(cut, vocabulary=VOCABULARY)
-    return len(ends)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_no_numbers_are_named(model, tmp_path, value):
+    model.blocks[1].ln1.bias.data[3] = value
+    save_model(tmp_path / "model.pkl", model, VOCABULARY)
+    with pytest.raises(ModelFileError, match=r"model\.pkl: blocks\.1\.ln1\.bias is NaN or [ -~]+$"):
+        load_model(tmp_path / "model.pkl")
 
 
-def test_a_file_cut_short_is_refused_and_so_is_one_with_a_flipped_bit(model, saved):
-    assert assert_cuts_are_refused(saved, step=1999) > 100
+def test_a_flipped_bit_changes_no_weight_in_silence(model, saved):
     data, weights, refused = saved.read_bytes(), model.state_dict(), 0
     for place in range(7, len(data), 997):
         saved.write_bytes(data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :])
@@ -465,11 +365,7 @@ def test_a_file_cut_short_is_refused_and_so_is_one_with_a_flipped_bit(model, sav
 def run_python(*arguments, cwd: Path) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(
-        command, cwd=cwd, env=environment, timeout=1200, capture_output=True, encoding="utf-8"
-    )
-    assert done.returncode == 0, f"{done.stdout[-300:]}\n{done.stderr}"
-    return done.stdout
+    return subprocess.check_output(command, cwd=cwd, env=environment, encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -486,162 +382,120 @@ def test_the_tutorials_models_load_whatever_their_module_is_called(theirs):
     for name, expected in logits.items():
         assert name.startswith("cuda") == (b"cuda:0" in (theirs / name).read_bytes())
         model, vocabulary = load_model(theirs / name, vocabulary=given)
-        assert vocabulary.characters == "\n abcdefghi" and model.lm_head.bias.dtype == torch.float32
+        assert vocabulary.characters == "\n abcdefghi"
         torch.testing.assert_close(model(index)[0], expected, atol=1e-5, rtol=0)
-    for vocabulary, count in (None, 0), (Vocabulary("abc"), 3):
-        with pytest.raises(
-            ModelFileError,
-            match=rf"knows 11 .* vocabulary has {count}; name the .* -vocab vocab.txt$",
-        ):
-            load_model(theirs / "saved.pkl", vocabulary=vocabulary)
 
 
-@pytest.mark.parametrize("dump", [torch.save, pickle.dump])
+BESIDE_THE_WEIGHTS = {  # what people put into a checkpoint
+    "args": argparse.Namespace(lr=0.1, data=Path("data"), seen={1, 2}),
+    "numbers": [np.float64(2.5), np.zeros(3), 1 + 2j, Counter("ab")],
+    "torch": [torch.float16, torch.device("cpu"), torch.get_rng_state()],
+    "scheduler": torch.optim.lr_scheduler.StepLR(torch.optim.AdamW([torch.zeros(1)]), 1),
+}
+
+
+@SAVERS
 def test_weights_are_found_where_people_keep_them(model, tmp_path, dump):
-    weights = model.state_dict()
-    prefixes = ("", "_orig_mod.", "module.", "module._orig_mod.")
-    contents = [{prefix + name: weight for name, weight in weights.items()} for prefix in prefixes]
-    beside = {  # what people put into a checkpoint
-        "args": argparse.Namespace(lr=0.1, data=Path("data"), seen={1, 2}),
-        "numbers": [
-            np.float64(2.5),
-            np.zeros(3),
-            1 + 2j,
-            Counter("ab"),
-            torch.float16,
-            torch.device("cpu"),
-        ],
-        "rng": torch.get_rng_state(),
-        "scheduler": torch.optim.lr_scheduler.StepLR(torch.optim.AdamW([torch.zeros(1)]), 1),
-    }
-    contents.append(
-        {name.replace(".0.", ".0._orig_mod."): weight for name, weight in weights.items()}
-    )
-    keys = ("model", "model_state_dict", "state_dict")
-    contents += [{key: content, **beside} for key in keys for content in contents[:2]]
-    contents += [model, torch.nn.DataParallel(model), {"model": model, **beside}]
+    path, weights = tmp_path / "model.pkl", model.state_dict()
+    contents = [
+        {prefix + name: weight for name, weight in weights.items()}
+        for prefix in ("", "_orig_mod.", "module.", "module._orig_mod.")
+    ]
+    compiled = {name.replace(".0.", ".0._orig_mod."): weight for name, weight in weights.items()}
+    for key in ("model", "model_state_dict", "state_dict"):
+        contents += [{key: content, **BESIDE_THE_WEIGHTS} for content in contents[:2]]
+    contents += [compiled, model, torch.nn.DataParallel(model)]
+    contents += [{"model": model, **BESIDE_THE_WEIGHTS}]
     if dump is pickle.dump:  # torch.load refuses these
-        contents += [
-            {"model": model, "losses": filled} for filled in (defaultdict(list, a=[1]), deque([1]))
-        ]
+        contents += [{"model": model, "losses": deque([1]), "more": defaultdict(list, a=[1])}]
     for content in contents:
-        with open(tmp_path / "model.pkl", "wb") as file:
+        with open(path, "wb") as file:
             dump(content, file)
-        loaded, _ = load_model(tmp_path / "model.pkl", vocabulary=VOCABULARY)
+        loaded, _ = load_model(path, vocabulary=VOCABULARY)
         assert loaded.state_dict().keys() == weights.keys()
         assert all(weight.equal(weights[name]) for name, weight in loaded.state_dict().items())
-        assert gpt.read_model_file((tmp_path / "model.pkl").read_bytes()).keys() == {"weights"}
+        assert gpt.read_model_file(path.read_bytes()).keys() == {"weights"}
 
 
 # Hostile and damaged files, read in a process of their own ----------------------------------------
 
 
 def read_apart(folder: Path, *numbers: int) -> list[tuple[str, str, float]]:
-    """Return names, what came of them, and seconds, of the model files in a folder, or of
-    mutations: see fuzz.py.
-    """
+    """Return name, outcome and seconds of each model file in a folder, or mutation: see fuzz.py."""
     lines = run_python(ROOT / "tests" / "fuzz.py", folder, *numbers, cwd=folder).splitlines()
     return [tuple(json.loads(line)) for line in lines]
 
 
-def test_hostile_files_are_refused_and_no_code_in_them_runs(tmp_path):
-    files = hostile_files(tmp_path)
-    outcomes = read_apart(
-        put(tmp_path, {f"{name}.pkl": content for name, content in files.items()})
-    )
-    assert len(outcomes) == len(files) and not (tmp_path / "ran").exists()
-    wrong = r"refused: [^\n]*\.pkl: not a model file that can be read \([ -~]{1,100}\); train one with training.py"
-    assert not [outcome for outcome in outcomes if not re.fullmatch(wrong, outcome[1])]
+def test_hostile_files_are_refused_and_no_code_in_them_runs(tmp_path, model):
+    files = hostile_files(tmp_path, model.state_dict())
+    put(tmp_path, {f"{name}.pkl": content for name, content in files.items()})
+    save_model(tmp_path / "z.pkl", model, VOCABULARY)  # is read last: no file may change how
+    outcomes = {name: outcome for name, outcome, _ in read_apart(tmp_path)}
+    assert len(outcomes) == len(files) + 1 and not (tmp_path / "ran").exists()
+    assert outcomes.pop("z.pkl") == "works"
+    refused = r"refused: .*\.pkl: not a model file that can be read \([ -~]{1,100}\); train one.*"
+    for name, outcome in outcomes.items():
+        allowed = "works|refused: .*" if "beside" in name else refused
+        assert re.fullmatch(allowed, outcome), name
     for call in calls(tmp_path).values():
-        done = pickle.loads(pickle.dumps(call))  # the same does run in Python's own unpickler
-        if isinstance(done, map):
-            list(done)
+        pickle.loads(pickle.dumps(call))  # Python's own unpickler does make the call
         wait_for((tmp_path / "ran").exists)
         (tmp_path / "ran").unlink()
 
 
-@pytest.mark.parametrize("dump", [torch.save, pickle.dump])
-def test_a_call_beside_good_weights_is_not_made(model, tmp_path, dump):
-    for name, call in calls(tmp_path).items():
-        with open(tmp_path / "model.pkl", "wb") as file:
-            dump({"model": model.state_dict(), "more": call}, file)
-        with suppress(ModelFileError):
-            load_model(tmp_path / "model.pkl", vocabulary=VOCABULARY)
-        assert not (tmp_path / "ran").exists(), name
-
-
-def test_reading_a_hostile_file_leaves_nothing_behind(tmp_path, saved):
-    """A pickle can set attributes of whatever it is given, also of functions and classes."""
-
-    def attributes():
-        places = [
-            *vars(gpt).values(),
-            torch._utils._rebuild_tensor_v2,
-            torch.storage._load_from_bytes,
-        ]
-        return [
-            str(getattr(p, name, None))
-            for p in places
-            for name in ("__dict__", "__defaults__", "__code__")
-        ]
-
-    before = attributes()
-    for content in ATTACKS.values():
-        (tmp_path / "x.pkl").write_bytes(content)
-        with pytest.raises(ModelFileError):
-            load_model(tmp_path / "x.pkl")
-    assert attributes() == before
-    load_model(saved)
-
-
 @pytest.fixture
 def sources(theirs, tmp_path, run_main):
-    """Return a folder with files of every kind that the scripts read, to be mutated."""
-    names = (
-        "protocol-0.pkl",
-        "protocol-2.pkl",
-        "protocol-4.pkl",
-        "saved.pkl",
-        "state_dict.pkl",
-        "vocab.txt",
-    )
+    """Return a folder with files of every kind that the scripts read, to be damaged."""
+    names = ["protocol-0.pkl", "protocol-2.pkl", "protocol-4.pkl", "saved.pkl", "state_dict.pkl"]
     write_texts(tmp_path, "abc def ghi\n" * 30)
-    put(tmp_path, {name: (theirs / name).read_bytes() for name in names})
+    put(tmp_path, {name: (theirs / name).read_bytes() for name in [*names, "vocab.txt"]})
     for optimizer in ("adamw", "muon"):
         flags = ["-n_embd=4", "-max_iters=2", f"-optimizer={optimizer}", f"-model={optimizer}.pkl"]
         assert run_main("training.py", *TINY, *flags, f"-data_dir={tmp_path}").returncode == 0
     return tmp_path
 
 
-def assert_fuzzed(folder: Path, first: int, count: int) -> int:
-    """Read so many mutated files; return how many could be used."""
-    outcomes = read_apart(folder, first, count)
+@pytest.mark.parametrize("step", [1999, pytest.param(1, marks=pytest.mark.soak)])
+def test_a_file_cut_short_is_refused(sources, step):
+    cut = sources / "cut.pkl"
+    for name in ("adamw.pkl", "muon.state.pkl", "state_dict.pkl", "protocol-4.pkl"):
+        data = (sources / name).read_bytes()
+        for end in (*range(0, len(data), step), len(data) - 1):
+            cut.write_bytes(data[:end])
+            with pytest.raises(ModelFileError, match=r"cut\.pkl: not a model file[^\n]*$"):
+                load_model(cut, vocabulary=VOCABULARY)
+
+
+MANY = [pytest.param(first, 1000, marks=pytest.mark.soak) for first in range(0, 12000, 1000)]
+
+
+@pytest.mark.parametrize(("first", "count"), [(0, 50), *MANY])
+def test_mutated_files_load_or_are_refused(sources, first, count):
+    outcomes = [outcome for _, outcome, _ in read_apart(sources, first, count)]
     originals, mutated = outcomes[:-count], outcomes[-count:]
-    assert (
-        len(mutated) == count and originals and all(result == "works" for _, result, _ in originals)
-    ), originals
-    assert not [
-        outcome for outcome in mutated if not re.fullmatch(r"works|refused: [^\n]+", outcome[1])
-    ]
-    return sum(result == "works" for _, result, _ in mutated)
+    assert len(mutated) == count and set(originals) == {"works"}
+    assert not [outcome for outcome in mutated if not re.fullmatch("works|refused: .+", outcome)]
+    assert 0 < mutated.count("works") < 0.8 * count
 
 
-def test_mutated_files_load_or_are_refused(sources):
-    assert 0 < assert_fuzzed(sources, 0, 50) < 40
+# The rule of the house ----------------------------------------------------------------------------
+
+MAY_IMPORT = {
+    "model.py": {"torch", "numpy"},
+    "data_extract.py": {"numpy", "tqdm", "pydoc_data"},  # without torch workers start sooner
+    "training.py": {"model", "torch", "numpy", "tqdm", "matplotlib", "data_extract"},
+    "chatbot.py": {"model", "torch"},
+}
 
 
-@pytest.mark.soak
-def test_many_mutated_files_load_or_are_refused(sources):
-    for first in range(0, 12000, 1000):
-        print(
-            f"{first} to {first + 999}: {assert_fuzzed(sources, first, 1000)} work, the others are refused"
-        )
-
-
-@pytest.mark.soak
-def test_files_cut_short_at_any_byte_are_refused(sources):
-    for path in (
-        sources / name
-        for name in ("adamw.pkl", "muon.state.pkl", "state_dict.pkl", "protocol-4.pkl")
-    ):
-        print(f"{path.name}: {assert_cuts_are_refused(path, step=1)} cuts")
+@pytest.mark.parametrize("script", MAY_IMPORT)
+def test_a_script_imports_only_what_it_may(script):
+    imported = set()
+    for node in ast.walk(ast.parse((ROOT / script).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            imported |= {f"{node.module}.{alias.name}" for alias in node.names}
+    packages = {name.partition(".")[0] for name in imported}
+    assert packages - sys.stdlib_module_names <= MAY_IMPORT[script]
+    assert {name for name in imported if name.startswith("data_extract")} <= {"data_extract.locked"}

@@ -1,12 +1,10 @@
-"""The tutorial's training script, cut down to what makes its model file: run, it stands in
-`__main__` as theirs did.
+"""The tutorial's training script, cut down to what makes its model file.
 
-`python tutorial.py FOLDER` leaves a file for each way of saving, `vocab.txt`, and `logits.pt` with
-the ids that went into the models and the logits that came out, by the names of the files. The words
-are ours.
+`python tutorial.py FOLDER` leaves a file for each way of saving, `vocab.txt`, and `logits.pt`: the
+ids that went into the models, and the logits that came out, by the names of the files. Run so, it
+stands in `__main__` as theirs did. The words are ours.
 """
 
-import copy
 import pickle
 import sys
 from pathlib import Path
@@ -22,9 +20,8 @@ VOCAB_SIZE, N_EMBD, N_HEAD, N_LAYER, BLOCK_SIZE, DROPOUT = len(CHARACTERS), 12, 
 class Head(nn.Module):
     def __init__(self, head_size):
         super().__init__()
-        self.key, self.query, self.value = (
-            nn.Linear(N_EMBD, head_size, bias=False) for _ in range(3)
-        )
+        key, query, value = (nn.Linear(N_EMBD, head_size, bias=False) for _ in range(3))
+        self.key, self.query, self.value = key, query, value
         self.register_buffer("tril", torch.tril(torch.ones(BLOCK_SIZE, BLOCK_SIZE)))
         self.dropout = nn.Dropout(DROPOUT)
 
@@ -78,9 +75,8 @@ class GPTLanguageModel(nn.Module):
         self.ln_f, self.lm_head = nn.LayerNorm(N_EMBD), nn.Linear(N_EMBD, vocab_size)
 
     def forward(self, index):
-        x = self.token_embedding_table(index) + self.position_embedding_table(
-            torch.arange(index.shape[1])
-        )
+        positions = torch.arange(index.shape[1])
+        x = self.token_embedding_table(index) + self.position_embedding_table(positions)
         return self.lm_head(self.ln_f(self.blocks(x)))
 
 
@@ -104,17 +100,11 @@ for prefix in ("", "module-", "cuda-"):
         for kind in (Head, MultiHeadAttention, FeedFoward, Block, GPTLanguageModel):
             kind.__module__ = "my.gpt_2"
     if prefix == "cuda-":  # as if the storages were on a GPU
-        torch.serialization.register_package(
-            0, lambda storage: "cuda:0", lambda storage, location: None
-        )
+        torch.serialization.register_package(0, lambda _: "cuda:0", lambda *_: None)
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
         save(f"{prefix}protocol-{protocol}.pkl", model, protocol=protocol)
     save(f"{prefix}saved.pkl", model, torch.save)
     save(f"{prefix}state_dict.pkl", model.state_dict(), torch.save)
     save(f"{prefix}pickled_state_dict.pkl", model.state_dict())
-    for dtype in (torch.bfloat16, torch.float16, torch.float64):
-        name, cast = f"{prefix}{dtype}.pkl", copy.deepcopy(model).to(dtype)
-        save(name, cast)
-        logits[name] = cast.float()(index).detach()
 torch.save((index, logits), folder / "logits.pt")
-(folder / "vocab.txt").write_text("".join(f"{character}\n" for character in CHARACTERS))
+(folder / "vocab.txt").write_text("\n".join(CHARACTERS), encoding="utf-8")
