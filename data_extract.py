@@ -643,40 +643,49 @@ def write_outputs(args: argparse.Namespace, archives: list[Archive], passed_over
     Returns a summary.
     """
     temporary = args.output_dir / "data_extract.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)  # what a killed run has left
+    clean_up(temporary, args.output_dir)  # after a run that was killed
     try:
         temporary.mkdir()
         summary = extract(archives, passed_over, temporary, args.skip_corrupt, args.min_count)
         move_outputs(temporary, args.output_dir)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        clean_up(temporary, args.output_dir)
     return summary
 
 
 def move_outputs(temporary: Path, folder: Path) -> None:
-    """Move the outputs from `temporary` to `folder`; if one can't be moved, put all back.
+    """Move the outputs from `temporary` to `folder`, and former ones the other way.
 
-    `vocab.txt` goes first and comes last: training refuses what a kill leaves in between.
+    `vocab.txt` goes first and comes last: training refuses what a kill leaves in between. If one
+    can't be moved, this raises OSError and leaves it to `clean_up` to undo what was done.
     """
     former = temporary / "former"
-    former.mkdir()
     for name in OUTPUT_NAMES:
         flush_to_disk(temporary / name)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # what follows takes moments, and is all or nothing
+    former.mkdir()
     try:
         for name in reversed(OUTPUT_NAMES):
             if (folder / name).is_file():
                 replace(folder / name, former / name)
         for name in OUTPUT_NAMES:
             replace(temporary / name, folder / name)
-    except BaseException as error:  # also Ctrl-C
-        for moved in OUTPUT_NAMES:
-            if not (temporary / moved).exists():
-                replace(folder / moved, temporary / moved)
-            if (former / moved).exists():
-                replace(former / moved, folder / moved)
-        if isinstance(error, OSError):
-            raise OSError(error.errno, error.strerror, str(folder / name)) from error
-        raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder / name)) from error
+
+
+def clean_up(temporary: Path, folder: Path) -> None:
+    """Remove `temporary`, and put former outputs back if only some of the new ones were moved."""
+    former = temporary / "former"
+    if former.exists() and (temporary / "vocab.txt").exists():  # which is the last to be moved
+        for name in OUTPUT_NAMES:
+            if (folder / name).exists() and not (temporary / name).exists():
+                os.rename(folder / name, temporary / name)
+            if (former / name).exists():
+                os.rename(former / name, folder / name)
+        former.rmdir()
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
 def flush_to_disk(path: Path) -> None:
