@@ -287,7 +287,7 @@ def get_batch(text: Text, step: int, settings: Namespace) -> tuple[torch.Tensor,
     ids = text.encode(text.draw(settings.batch_size, [settings.seed, step, TRAIN_ROWS]))
     if settings.device.type == "cuda":  # which copies from pinned memory while it computes
         ids = ids.pin_memory()
-    ids = ids.to(settings.device, non_blocking=True)
+    ids = ids.to(settings.device, non_blocking=ids.is_pinned())
     return ids[:, :-1], ids[:, 1:]
 
 
@@ -935,9 +935,9 @@ def default_dtype(device: torch.device) -> str:
     # A CPU without units for bfloat16 is many times slower with it than with float32.
     if hasattr(torch.cpu, "get_capabilities"):
         units = torch.cpu.get_capabilities()
-        # Of ARM, torch uses such units on Linux only.
-        is_arm = sys.platform == "linux" and units.get("bf16")
-        has_units = is_arm or units.get("avx512_bf16") or units.get("amx_tile")
+        # On ARM they are called bf16, and torch uses them on Linux only.
+        names = ("avx512_bf16", "amx_tile", "bf16" if sys.platform == "linux" else "")
+        has_units = any(units.get(name) for name in names)
     else:  # torch 2.9 has only these private names
         has_units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "bfloat16" if device.type == "cpu" and has_units else "float32"
