@@ -28,8 +28,7 @@ def tar(members: dict[str, bytes] | list, format: int = tarfile.GNU_FORMAT) -> b
     with tarfile.open(fileobj=buffer, mode="w", format=format) as archive:
         for info, content in members.items() if isinstance(members, dict) else members:
             if isinstance(info, str):
-                info = tarfile.TarInfo(info)
-                info.size = len(content)
+                info = member(info, size=len(content))
             archive.addfile(info, io.BytesIO(content) if content else None)
     return buffer.getvalue()
 
@@ -54,8 +53,8 @@ def v7(members: dict[str, bytes]) -> bytes:
     return data + bytes(1024)
 
 
+# A tar in which a record says more about the members that follow.
 def pax(record: bytes, *rest: tuple) -> bytes:
-    """A tar in which `record` says more about the members that follow."""
     return tar([(member("pax", tarfile.XHDTYPE, len(record)), record), *rest])
 
 

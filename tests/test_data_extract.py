@@ -11,6 +11,7 @@ import lzma
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import time
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import archives
@@ -110,18 +112,18 @@ def test_archives_are_sorted_by_their_own_file_name_then_by_path(tmp_path, order
 
 
 def test_hidden_files_outputs_and_other_kinds_are_never_corpus_and_are_counted(run_main, tmp_path):
-    hidden = [".a.txt", "._b.xz", ".c.tar", ".d/e.txt", "f/.g/h/i.xz", "..a/b.txt"]
-    outputs = [*NAMES, "down/train_split.txt", "down/VAL_split.TXT", "requirements.txt"]
-    others = ["README.md", "vocab.json", "xz", "a.txt.bak", *(f"{i}.jsonl" for i in range(1200))]
-    put(tmp_path / "in", YES | dict.fromkeys([*hidden, *outputs, *others], b"no"))
+    never = [".a.txt", "._b.xz", ".c.tar", ".d/e.txt", "f/.g/h/i.xz", "..a/b.txt"]
+    never += [*NAMES, "down/train_split.txt", "down/VAL_split.TXT", "requirements.txt"]
+    never += ["README.md", "vocab.json", "xz", "a.txt.bak", *(f"{i}.jsonl" for i in range(1200))]
     members = ["._a.txt", ".x/a.txt", "x/.y/a.txt", ".a.xz", ".b.tar", "./.f", "./vocab.txt"]
     members += [f"{'long/' * 20}.a.txt", "x/train_split.txt"]
+    put(tmp_path / "in", YES | dict.fromkeys(never, b"no"))
     for format in FORMATS:
-        data = tar({**dict.fromkeys(members, b"no"), "a.txt": b"yes"}, format)
-        data = tar({"inner.tar": data, ".no.tar": data, "b.txt": b"yes"}, format)
+        inner = tar({**dict.fromkeys(members, b"no"), "a.txt": b"yes"}, format)
+        data = tar({"inner.tar": inner, ".no.tar": inner, "b.txt": b"yes"}, format)
         put(tmp_path / "in", {f"c{format}.tar": data, f"d{format}.xz": xz(data)})
     result = run_main(SCRIPT, "-data_dir", "in")
-    assert sorted(b"".join(read_three(tmp_path)[:2]).split()) == [b"yes"] * 14
+    assert b"".join(read_three(tmp_path)[:2]).split() == [b"yes"] * 14
     assert passed_over(result) == [
         "an output of these scripts, or requirements.txt): 18",
         "hidden): 54",
@@ -133,13 +135,11 @@ def test_hidden_files_outputs_and_other_kinds_are_never_corpus_and_are_counted(r
 def test_links_are_followed_but_nothing_is_read_twice_and_pipes_are_passed_over(
     run_script, tmp_path
 ):
-    files = {"elsewhere/b.txt": b"second\n", "in/a.txt": b"first\n", "in/sub/c.txt": b"third\n"}
-    links = {"in/one": "../elsewhere", "in/two": "../elsewhere", "in/same.txt": "a.txt"}
-    links |= {"in/sub/round": "../../in", "in/sub/self": ".", "in/loop.xz": "loop.xz"}
-    links |= {"in/gone.txt": "nowhere", "in/gone.tar": "nowhere"}
-    put(tmp_path, files)
+    put(tmp_path, {"other/b.txt": b"second\n", "in/a.txt": b"first\n", "in/sub/c.txt": b"third\n"})
+    links = {"one": "../other", "two": "../other", "same.txt": "a.txt", "sub/round": "../../in"}
+    links |= {"sub/self": ".", "loop.xz": "loop.xz", "gone.txt": "nowhere", "gone.tar": "nowhere"}
     for link, target in links.items():
-        (tmp_path / link).symlink_to(target)
+        (tmp_path / "in" / link).symlink_to(target)
     os.mkfifo(tmp_path / "in/pipe.txt")
     result = run_script(SCRIPT, "-data_dir", "in", timeout=20)
     assert read_three(tmp_path) == three_files(["first\n", "second\n", "third\n"])
@@ -149,21 +149,24 @@ def test_links_are_followed_but_nothing_is_read_twice_and_pipes_are_passed_over(
 
 def test_a_sample_is_the_same_for_every_nesting_and_grows_with_the_rate(run_main, tmp_path):
     corpus, taken = archives.shards(40), []
-    runs = [(archives.as_files, 7, 10), (archives.as_outer_tars, 7, 10), (archives.as_files, 8, 10)]
-    for packed, seed, count in [*runs, (archives.as_files, 7, 20)]:
-        args = ["-data_dir", put(tmp_path / packed.__name__, packed(corpus)), "-output_dir", "out"]
-        result = run_main(SCRIPT, *args, "-sample_rate", count / 40, "-seed", seed)
-        assert f" {count} of 40 archives\n" in result.stdout
-        files = read_three(tmp_path / "out")
-        texts = {name: documents(corpus[name]) for name in sorted(corpus)}
-        joined = b"".join(files[:2])
-        taken.append([name for name, text in texts.items() if text.encode() in joined])
-        assert len(taken[-1]) == count
-        assert files == three_files([texts[name] for name in taken[-1]])
+    put(tmp_path, {f"files/{name}": data for name, data in archives.as_files(corpus).items()})
+    put(tmp_path, {f"tars/{name}": data for name, data in archives.as_outer_tars(corpus).items()})
+    texts = {name: documents(corpus[name]) for name in sorted(corpus)}
+    for folder, seed, count in [
+        ("files", 7, 10),
+        ("tars", 7, 10),
+        ("files", 8, 10),
+        ("files", 7, 20),
+    ]:
+        flags = ["-data_dir", folder, "-sample_rate", count / 40, "-seed", seed]
+        assert f" {count} of 40 archives\n" in run_main(SCRIPT, *flags).stdout
+        joined = b"".join(read_three(tmp_path)[:2]).decode()
+        taken.append([name for name, text in texts.items() if text in joined])
+        assert read_three(tmp_path) == three_files([texts[name] for name in taken[-1]])
     assert taken[0] == taken[1] != taken[2] and set(taken[0]) < set(taken[3])
+    assert list(map(len, taken)) == [10, 10, 10, 20]
     put(tmp_path / "in", {"one.txt": b"a text\n"})
     assert " 1 of 1 archives\n" in run_main(SCRIPT, *IN_TO_OUT, "-sample_rate", 0.01).stdout
-    assert "archives" not in run_main(SCRIPT, *IN_TO_OUT).stdout
 
 
 # Reading one archive ------------------------------------------------------------------------------
@@ -231,18 +234,15 @@ def test_archives_are_read_by_what_they_hold(tmp_path, files, expected):
     assert read_all(put(tmp_path, files))[0] == expected
 
 
-KINDS = [tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE]
-TARGETS = [(0, "long/" * 50), (0, "../../etc/passwd"), (5000, "/etc/passwd")]
+# Links, devices and folders, and members of kinds that nobody knows.
 NO_FILES = [
-    (member("no.xz", kind, size, target), b"")
-    for kind in [*KINDS, tarfile.FIFOTYPE]
-    for size, target in TARGETS
+    (member("no.xz", bytes([kind]), size, target), b"")
+    for kind in b"123456"
+    for size, target in [(0, "long/" * 50), (0, "../../etc/passwd"), (5000, "/etc/passwd")]
 ]
-UNKNOWN = [(member("unknown", kind, 700), b"z" * 700) for kind in (b"Z", tarfile.XGLTYPE)]
+NO_FILES += [(member("unknown", kind, 700), b"z" * 700) for kind in (b"Z", b"g")]
 A_AND_B = {"a": b"a", "b": b"b"}
-MEMBERS = {"a.txt": TEXT, "long/" * 18 + "b.txt": b"b" * 512, "c.txt": b""}
-MEMBERS |= {"d.txt": b"d" * 513, "e.txt": b"e" * 1024}
-COMMENT = b"37 comment=one\n19 path=no/.x.txt\n\n..\n"
+MEMBERS = {"a.txt": TEXT, "long/" * 18 + "b.txt": b"b" * 512, "c.txt": b"", "d.txt": b"d" * 513}
 
 
 @TAR_NAMES
@@ -260,7 +260,7 @@ COMMENT = b"37 comment=one\n19 path=no/.x.txt\n\n..\n"
             pax(b"12 size=700\n", (member("a"), b""))[:1536] + b"a" * 700 + bytes(324 + 1024),
             {"a": b"a" * 700},
         ),
-        (pax(COMMENT, ("a", b"a"), ("b", b"b")), A_AND_B),
+        (pax(b"37 comment=one\n19 path=no/.x.txt\n\n..\n", ("a", b"a"), ("b", b"b")), A_AND_B),
         (pax(b"27 comment=\n13 size=1000\n\xff\n", ("a", b"a"), ("b", b"b")), A_AND_B),
         (
             tar(
@@ -269,7 +269,7 @@ COMMENT = b"37 comment=one\n19 path=no/.x.txt\n\n..\n"
             A_AND_B,
         ),
         (tar([("a\udcff.txt", b"a")]), {"a": b"a"}),
-        (tar([("a", b"a"), *NO_FILES, *UNKNOWN, ("b", b"b")]), A_AND_B),
+        (tar([("a", b"a"), *NO_FILES, ("b", b"b")]), A_AND_B),
         (ONE + TWO, A_AND_B),
         (ONE[:1024] + bytes(512) + TWO, A_AND_B),
         (ONE + v7({"b": b"b"}) + bytes(3000), A_AND_B),
@@ -290,16 +290,15 @@ def test_no_byte_of_an_xz_file_can_be_lost_or_changed_unnoticed(tmp_path, conten
 
 
 CUT = tar({"a": b"a" * 700, "b": b"b"})
-OUTER_MEMBER = 512 + len(SHORT) + -len(SHORT) % 512
-OUTER_CUTS = [100, 512, 600, OUTER_MEMBER + 100, 2 * OUTER_MEMBER - 1, 2 * OUTER_MEMBER]
-BAD_RECORDS = [
+SIZE = 512 + len(SHORT) + -len(SHORT) % 512  # of a member of OUTER
+BAD_RECORDS = (
     b"12 path=a.b",
     b"8 path=a\n",
     b"99 path=a\n",
     b"path=a\n",
     b"0 path=a\n",
     b"9 path:a\n",
-]
+)
 
 
 @TAR_NAMES
@@ -315,9 +314,9 @@ BAD_RECORDS = [
         ),
         pax(b"26 GNU.sparse.map=0,4,9,1\n", ("hole.txt", b"text!")),
         *(pax(record, ("a", b"a")) for record in BAD_RECORDS),
-        *(OUTER[:end] for end in (*OUTER_CUTS, 2 * OUTER_MEMBER + 512)),
-        *(flip(OUTER, OUTER_MEMBER * i + at) for i in (1, 2) for at in (0, 130, 150, 258)),
-        OUTER[:OUTER_MEMBER] + b"not a header" * 100 + OUTER[OUTER_MEMBER:],
+        *(OUTER[:end] for end in (100, 512, 600, SIZE + 100, *range(2 * SIZE - 1, 3 * SIZE, 512))),
+        *(flip(OUTER, SIZE * i + at) for i in (1, 2) for at in (0, 130, 150, 258)),
+        OUTER[:SIZE] + b"not a header" * 100 + OUTER[SIZE:],
         *(tar({"a.tar": CUT[:end], "b.txt": b"b" * 2000}) for end in (0, 400, 1100, 1536, 2560)),
         tar({"a": CUT[:1100], "b.txt": b"b" * 2000}),
         tar({"a.tar": tar({"b.xz": SHORT[:-4]})}),
@@ -337,11 +336,10 @@ def test_random_damage_is_reported_or_gives_no_more_text_than_there_was(tmp_path
     generator = random.Random(0)
     sound = tar({"a.txt": TEXT, "long/" * 30 + "b": b"b" * 700, "c.txt": b"c"}, tarfile.PAX_FORMAT)
     for _ in range(200):
-        data = bytearray(sound)
+        data = bytearray(sound[: generator.choice([len(sound), generator.randrange(len(sound))])])
         for _ in range(generator.randrange(1, 6)):
-            data[generator.randrange(len(sound))] = generator.randrange(256)
-        damaged = bytes(data[: generator.choice([len(sound), generator.randrange(len(sound))])])
-        files = {"a.tar": damaged, "b.xz": xz(damaged), "c.tar": tar({"a.tar": damaged})}
+            data[generator.randrange(len(data))] = generator.randrange(256)
+        files = {"a.tar": data, "b.xz": xz(data), "c.tar": tar({"a.tar": data})}
         with suppress(Damaged):
             assert len(read_all(put(tmp_path, files))[0]) < 3 * len(sound)
 
@@ -378,15 +376,12 @@ def test_other_data_under_the_name_of_a_text_is_refused_or_left_out_and_listed(
 @TAR_NAMES
 def test_members_of_a_tar_that_are_not_text_are_left_out_and_counted(run_main, tmp_path, name):
     others = archives.NOT_TEXT | {"1.zip": b"PK\3\4\0", "no ending": SHORT}
-    count = 2 * len(others)
-    others["1.tar"] = tar(others)
-    if name == "a.xz":  # in others, it would be an archive of its own
-        others["1.xz"] = xz(b"RIFF\0")
-        count += 1
-    put(tmp_path / "in", pack(name, tar({"0.txt": b"first", **others, "zz.txt": b"last"})))
+    inner = tar({**others, "1.xz": xz(b"RIFF\0")})
+    data = tar({"0.txt": b"first", **others, "a tar": inner, "zz.txt": b"last"})
+    put(tmp_path / "in", pack(name, data))
     result = run_main(SCRIPT, "-data_dir", "in")
     assert read_three(tmp_path) == three_files(["first\n\nlast\n\n"]), result.stderr
-    assert f"passed over (not text): {count}\n" in result.stdout
+    assert f"passed over (not text): {2 * len(others) + 1}\n" in result.stdout
     assert "replaced by U+FFFD: 0\n" in result.stdout
 
 
@@ -396,20 +391,10 @@ def test_utf_16_with_a_byte_order_mark_is_decoded(tmp_path, monkeypatch, chunk, 
     monkeypatch.setattr(data_extract, "CHUNK", chunk)
     text = f"{FOREIGN}\r\n" * 40 + "last"
     data = f"\ufeff{text}".encode(encoding)
-    packed = xz(tar({"a": data, "b": data[:100], "c": b"c"}))
+    packed = xz(tar({"a": data, "b": b"b"}))
     result, counts = read_all(put(tmp_path, {"a.txt": data, "b.xz": xz(data), "c.xz": packed}))
-    utf_8, start = text.encode(), data[:100].decode("utf-16").encode()
-    assert result == text_file(utf_8) + plain(utf_8) + documents([utf_8, start, b"c"])
-    assert counts["invalid"] == 0
-
-
-LIKE_OTHER_DATA = [
-    "RIFF as WAVE is",
-    "%PDF-1.7 is",
-    "BZh91AY&SY is",
-    "GIF89a\n\tis",
-    "\x1b[1mb" * 90,
-]
+    text = plain(text.encode())
+    assert (result, counts["invalid"]) == (f"{text}\n{text}{text}\n\nb\n\n", 0)
 
 
 @pytest.mark.parametrize(
@@ -439,7 +424,9 @@ LIKE_OTHER_DATA = [
             "a" * 8000 + "\ufffd" * 2000 + "\n\n",
             2000,
         ),
-        *((text.encode(), text, f"{text}\n\n", 0) for text in LIKE_OTHER_DATA),
+        (b"RIFF as WAVE is", "RIFF as WAVE is", "RIFF as WAVE is\n\n", 0),
+        (b"%PDF-1.7 is", "%PDF-1.7 is", "%PDF-1.7 is\n\n", 0),
+        (b"\x1b[1mb" * 90, "\x1b[1mb" * 90, "\x1b[1mb" * 90 + "\n\n", 0),
     ],
 )
 def test_text_comes_out_as_valid_utf_8_with_plain_line_ends(
@@ -457,28 +444,23 @@ def test_text_comes_out_as_valid_utf_8_with_plain_line_ends(
 def test_random_corpora_match_a_plain_implementation(tmp_path, monkeypatch, seed):
     generator = random.Random(seed)
     valid = [character.encode() for character in [*FOREIGN * 2, "word ", "\ufffd"]]
-    parts = [*valid, b"\xff", b"\xe2\x82", b"\x80", b"\xf0\x9f"]
-    ends = [b"\n", b"\r\n", b"\r", b"\n\n", b"", b"", b""]
-
-    def content() -> bytes:
-        count = generator.choice([0, 1, 9, 300])
-        data = b"".join(generator.choice(parts) + generator.choice(ends) for _ in range(count))
-        data = data and b"what is not text is left out, so most of this is valid. " * 9 + data
-        start, end = generator.choice([b"", archives.BOM]), generator.choice(ends)
-        return start + data + end
-
+    parts = [*valid, b"\xff", b"\xe2\x82", b"\x80", b"\xf0\x9f"] * 2
+    parts += [b"\n", b"\r\n", b"\r", b"\n\n"] * 10
+    starts = [b"", archives.BOM, b"what is not text is left out, so most of this is valid. " * 9]
+    packers = [v7, *(partial(tar, format=format) for format in FORMATS)]
     for round in range(25):
         monkeypatch.setattr(data_extract, "CHUNK", generator.choice([7, 64, 512, 1024, 1 << 20]))
-        contents = [content() for _ in range(generator.randrange(1, 5))]
-        members = {f"{i}.txt": data for i, data in enumerate(contents)}
-        data = generator.choice([v7, *(lambda files, f=f: tar(files, f) for f in FORMATS)])(members)
-        texts = [documents(contents)] * 2
-        if generator.random() < 0.5:
-            data = contents[0]
-            texts = [plain(data), text_file(data)]
-        result, found = read_all(put(tmp_path / str(round), {"a.xz": xz(data), "b.txt": data}))
-        assert result == "".join(texts)
-        assert found["invalid"] == result.count("\ufffd") - 2 * data.count("\ufffd".encode())
+        contents = [
+            b"".join([*starts, *generator.choices(parts, k=generator.choice([1, 9, 300]))])
+            for _ in range(generator.randrange(1, 5))
+        ]
+        members = {f"{i}.txt": data for i, data in enumerate([b"", *contents])}
+        data = generator.choice(packers)(members)
+        files = {"a.xz": xz(data), "b.txt": data, "c.xz": xz(contents[0]), "d.txt": contents[0]}
+        result, found = read_all(put(tmp_path / str(round), files))
+        assert result == documents(contents) * 2 + plain(contents[0]) + text_file(contents[0])
+        sound = b"".join([*contents, contents[0]]).count("\ufffd".encode())
+        assert found["invalid"] == result.count("\ufffd") - 2 * sound
 
 
 # The whole corpus ---------------------------------------------------------------------------------
@@ -496,37 +478,35 @@ def test_every_nesting_of_a_corpus_gives_the_same_three_files(run_main, tmp_path
 
 
 @pytest.mark.parametrize("nesting", archives.IN_ONE_XZ)
-def test_a_corpus_in_one_xz_gives_the_same_documents_in_its_order(run_main, tmp_path, nesting):
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_corpus_in_one_xz_gives_its_documents_in_their_order(
+    run_main, tmp_path, nesting, reverse
+):
     corpus = archives.shards(11)
-    for order in (sorted(corpus), sorted(corpus, reverse=True)):
-        shards = {name: corpus[name] for name in order}
-        members = archives.IN_ONE_XZ[nesting](shards)
-        put(tmp_path / "in", {"openwebtext.tar.xz": xz(tar(members))})
-        result = run_main(SCRIPT, "-data_dir", "in")
-        count = 11 if "texts" in nesting else 33
-        assert re.search(rf"^validation +of {count} ", result.stdout, re.MULTILINE)
-        subsets = sorted(shards.items(), key=lambda item: "subset01" in item[0])
-        in_order = subsets if "outer" in nesting else shards.items()
-        assert read_three(tmp_path) == three_files(["".join(documents(t) for _, t in in_order)])
+    subset = slice(15 if "outer" in nesting else 0)  # an outer tar holds one of the subsets
+    names = sorted(sorted(corpus, reverse=reverse), key=lambda name: name[subset])
+    corpus = {name: corpus[name] for name in names}
+    members = archives.IN_ONE_XZ[nesting](corpus)
+    put(tmp_path / "in", {"openwebtext.tar.xz": xz(tar(members))})
+    result = run_main(SCRIPT, "-data_dir", "in")
+    assert read_three(tmp_path) == three_files(["".join(map(documents, corpus.values()))])
+    assert f" of {11 if 'texts' in nesting else 33} " in result.stdout
 
 
 @pytest.mark.skipif(not TINYSHAKESPEARE.is_dir(), reason="the corpora are not beside this folder")
 def test_tinyshakespeare_comes_out_as_published(run_main, tmp_path):
     texts = [lzma.decompress(path.read_bytes()) for path in sorted(TINYSHAKESPEARE.iterdir())]
-    one_file = put(tmp_path / "in", {"input.txt": b"".join(texts)})
-    for folder in (TINYSHAKESPEARE, one_file):
+    for folder in (TINYSHAKESPEARE, put(tmp_path / "in", {"input.txt": b"".join(texts)})):
         assert run_main(SCRIPT, "-data_dir", folder).returncode == 0
-        train, val, vocab = read_three(tmp_path)
-        assert (train, val) == (b"".join(texts[:9]), texts[9])
-        sizes = len(train.decode()), len(val.decode()), len(set(vocab.decode()))
-        assert sizes == (1_003_854, 111_540, 65)
+        files = read_three(tmp_path)
+        assert files[:2] == [b"".join(texts[:9]), texts[9]]
+        assert list(map(len, files)) == [1_003_854, 111_540, 2 * 65]
 
 
 @linux
 def test_the_number_of_cores_does_not_change_the_result(run_script, tmp_path):
     corpus = archives.shards(11)
-    corpus["urlsf_subset00-2_data"] *= 2500  # the later ones are ready before it
-    corpus = {name: [b"\n".join(texts)] for name, texts in corpus.items()}
+    corpus["urlsf_subset00-2_data"] = [b"long " * 400_000]  # the later ones are ready before it
     put(tmp_path / "in", archives.as_outer_tars(corpus))
     cores = sorted(os.sched_getaffinity(0))
     for count in {1, len(cores)}:
@@ -556,40 +536,39 @@ def test_the_text_of_fewer_than_ten_files_is_cut_and_more_are_shared_out(
     assert result.stdout.count(f" of {len(sizes)} ") == (2 if len(sizes) < 10 else 0)
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize(
+    ("least", "kept"),
+    [
+        (1, "\naéж你🙂"),
+        (2, "\naж你\ufffd🙂"),
+        (300, "\na你\ufffd🙂"),
+        (301, "\na\ufffd🙂"),
+        (10**6, "\na\ufffd"),
+    ],
+)
 def test_min_count_leaves_rare_characters_out_of_the_vocabulary_only(
-    run_main, tmp_path, monkeypatch, seed
+    run_main, tmp_path, monkeypatch, least, kept
 ):
-    generator = random.Random(seed)
-    chunk, length = generator.choice([(64, 2000), (1024, 10_000), (1 << 20, 10_000)])
-    monkeypatch.setattr(data_extract, "CHUNK", chunk)
-    kinds = ["ab\n\t~\x07", "éж\x80\u07ff", "你\u0800\uffff\ufffd\ufeff", "🙂\U0010ffff𝔘"]
-    pool = [*generator.choice(kinds), *FOREIGN, *"ab\n~"]
-    weights = [generator.choice([1, 1, 3, 30, 1000]) for _ in pool]
-    lengths = [generator.randrange(length) for _ in range(seed + 1)]
-    texts = ["a" + "".join(generator.choices(pool, weights, k=length)) for length in lengths]
+    monkeypatch.setattr(data_extract, "CHUNK", 64)
+    texts = [f"a\né{'ж' * 299}", *["你" * 30 + "🙂" * 100] * 10]
     put(tmp_path / "in", {f"{i:02d}.xz": xz(text.encode()) for i, text in enumerate(texts)})
-    counts = Counter("".join(texts))
-    least = generator.choice([1, 2, 5, 100, 1000, 10**6])
-    rare = {c for c, count in counts.items() if count < least and not c.isascii()} - {"\ufffd"}
-    expected = {*counts} - rare | ({"\ufffd"} if rare else set())
     result = run_main(SCRIPT, "-data_dir", "in", "-min_count", least)
     train, val, vocab = read_three(tmp_path)
     assert [train, val] == three_files(texts)[:2]
-    assert vocab.decode() == "".join(f"{character}\n" for character in sorted(expected))
-    assert f"vocabulary: {len(expected):,} characters; " in result.stdout
+    assert vocab.decode() == "".join(f"{character}\n" for character in kept)
+    assert f"vocabulary: {len(kept)} characters; " in result.stdout
 
 
 def test_skip_corrupt_leaves_damaged_archives_out_and_lists_them(run_main, tmp_path):
     outer = tar({"0.xz": SHORT, "1.xz": SHORT[:-4], "2.tar": tar({"3.xz": SHORT[:-4]})})
     put(tmp_path / "in/down", archives.DAMAGED)
     put(tmp_path / "in", {"a.tar": outer, "b.txt": b"b", "zz.txt": b"last"})
-    result = run_main(SCRIPT, "-data_dir", "in", "-output_dir", "out", "-skip_corrupt")
+    result = run_main(SCRIPT, "-data_dir", "in", "-skip_corrupt")
     assert (result.returncode, notices(result.stderr)) == (0, [])
-    listed = sorted(re.findall(r"^left out: (.+?): ", result.stdout, re.MULTILINE))
+    listed = re.findall(r"^left out: (.+?): ", result.stdout, re.MULTILINE)
     damaged = [f"down/{name}".replace("\x80", r"\x80") for name in archives.DAMAGED]
-    assert listed == sorted(["a.tar/1.xz", "a.tar/2.tar/3.xz", *damaged])
-    train, val, vocab = read_three(tmp_path / "out")
+    assert sorted(listed) == sorted(["a.tar/1.xz", "a.tar/2.tar/3.xz", *damaged])
+    train, val, vocab = read_three(tmp_path)
     assert (train + val, vocab) == (b"a" * 700 + b"\n\nb\nlast\n", b"\n\na\nb\nl\ns\nt\n")
 
 
@@ -653,94 +632,59 @@ def test_only_one_holds_a_lock_also_where_one_begins_as_another_ends(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_of_many_runs_at_once_each_is_whole_or_told_so(start_script, tmp_path):
-    texts = [f"{name} text\n" * 2000 for name in "abc"]
-    runs = []
-    for name, text in zip("abc", texts):
-        put(tmp_path / name, {"1.txt": text.encode()})
-        runs.append(start_script(SCRIPT, "-data_dir", name, "-output_dir", "out"))
-    errors = [run.communicate()[1] for run in runs]
-    assert 0 in [run.returncode for run in runs]
-    assert all("at work" in error for run, error in zip(runs, errors) if run.returncode)
-    assert read_three(tmp_path / "out") in [three_files([text]) for text in texts]
-    assert sorted(os.listdir(tmp_path / "out")) == sorted(NAMES)
-
-
 LOCK = "msvcrt.locking" if os.name == "nt" else "fcntl.flock"
-# Windows says EACCES and EPERM when a file is locked.
-NO_LOCKS = ["ENOSYS", "EOPNOTSUPP", "ENOLCK", "EINVAL"]
-NO_LOCKS += ["EACCES", "EPERM"] if os.name == "posix" else []
+NO_LOCKS = [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL]
+NO_LOCKS += [errno.EACCES, errno.EPERM] if os.name == "posix" else []  # else these say "locked"
 
 
-def refuse(error: str):
-    def function(*args):
-        raise OSError(getattr(errno, error), os.strerror(getattr(errno, error)))
-
-    return function
-
-
-@pytest.mark.parametrize("error", NO_LOCKS)
-@pytest.mark.parametrize("no_fsync", ["EINVAL", "ENOTSUP"])
-def test_a_disk_that_knows_no_locks_or_no_fsync_is_written_to(
-    run_main, monkeypatch, tmp_path, error, no_fsync
+@pytest.mark.parametrize("no_lock", NO_LOCKS)
+@pytest.mark.parametrize("no_fsync", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_a_disk_may_know_no_locks_and_no_fsync_but_if_it_fails_this_is_told(
+    run_main, monkeypatch, tmp_path, no_lock, no_fsync
 ):
-    monkeypatch.setattr(LOCK, refuse(error))
-    monkeypatch.setattr(os, "fsync", refuse(no_fsync))
+    def refuse(number: int, *args) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(LOCK, partial(refuse, no_lock))
+    monkeypatch.setattr(os, "fsync", partial(refuse, no_fsync))
     put(tmp_path / "in", YES)
-    assert run_main(SCRIPT, "-data_dir", "in").returncode == 0
-    assert read_three(tmp_path) == OF_YES and len(list(tmp_path.iterdir())) == 4
-
-
-def test_a_disk_that_fails_is_told_of(run_main, earlier, monkeypatch, tmp_path):
-    monkeypatch.setattr(os, "fsync", refuse("EIO"))
-    put(tmp_path / "in", YES)
-    assert_fails(run_main(SCRIPT, *IN_TO_OUT), f"output_train.txt: {os.strerror(errno.EIO)}")
-
-
-@pytest.fixture
-def hold(monkeypatch):
-    """`hold(path, seconds)` has a file open so long in another program that runs on Windows."""
-    real, files = os.replace, []
-
-    def hold(path: Path, seconds: float) -> None:
-        until = time.monotonic() + seconds
-
-        def replace(*paths) -> None:
-            if path in map(Path.absolute, paths) and time.monotonic() < until:
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), *map(str, paths))
-            real(*paths)
-
-        if os.name == "nt":
-            files.append(open(path, "rb"))  # noqa: SIM115
-            threading.Timer(seconds, files[0].close).start()
-        else:
-            monkeypatch.setattr(os, "replace", replace)
-
-    yield hold
-    for file in files:
-        file.close()
-
-
-def check_hold(run_main, folder: Path, hold, name: str, seconds: float) -> None:
-    out = put(folder / "out", dict.fromkeys(NAMES, b"earlier"))
-    put(folder / "in", YES)
-    hold(out / name, seconds)
     result = run_main(SCRIPT, *IN_TO_OUT)
-    if seconds < 2:
-        assert result.returncode == 0, result.stderr
-    if result.returncode:
-        assert_fails(result, rf"{name}: .*; does another program have it open\?")
-    assert read_three(out) == ([b"earlier"] * 3 if result.returncode else OF_YES)
-    assert sorted(os.listdir(out)) == sorted(NAMES)
-    assert seconds < 10 or result.returncode == 1
+    if no_fsync == errno.EIO:
+        assert_fails(result, f"output_train.txt: {os.strerror(errno.EIO)}")
+    else:
+        assert result.returncode == 0 and read_three(tmp_path / "out") == OF_YES
+    assert len(list((tmp_path / "out").iterdir())) == (0 if no_fsync == errno.EIO else 3)
+
+
+SOAK = [pytest.param(n, marks=pytest.mark.soak) for n in (0.1, 0.3, 1, 1.6, 2.5, 3.2, 4, 5)]
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("seconds", [0.5, 60])
+@pytest.mark.parametrize("seconds", [0.5, 60, *SOAK])
 def test_an_output_that_is_open_elsewhere_is_waited_for_and_then_none_is_replaced(
-    run_main, tmp_path, hold, name, seconds
+    run_main, monkeypatch, tmp_path, name, seconds
 ):
-    check_hold(run_main, tmp_path, hold, name, seconds)
+    out = put(tmp_path / "out", dict.fromkeys(NAMES, b"earlier"))
+    put(tmp_path / "in", YES)
+    real, until = os.replace, time.monotonic() + seconds
+
+    def replace(*paths) -> None:  # as Windows does it
+        if out / name in map(Path.absolute, paths) and time.monotonic() < until:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), *map(str, paths))
+        real(*paths)
+
+    with open(out / name, "rb") as file:
+        timer = threading.Timer(seconds, file.close)
+        timer.start()
+        if os.name == "posix":
+            monkeypatch.setattr(os, "replace", replace)
+        result = run_main(SCRIPT, *IN_TO_OUT)
+        timer.cancel()
+    if seconds > 4 or result.returncode:
+        assert_fails(result, rf"{name}: .*; does another program have it open\?")
+    assert seconds > 2 or result.returncode == 0
+    assert read_three(out) == ([b"earlier"] * 3 if result.returncode else OF_YES)
+    assert sorted(os.listdir(out)) == sorted(NAMES)
 
 
 @pytest.mark.parametrize("number", range(1, 7))
@@ -762,32 +706,24 @@ def test_the_three_outputs_are_replaced_together_or_not_at_all(
 
 
 def test_a_folder_in_the_place_of_an_output_is_not_touched(run_main, tmp_path, monkeypatch):
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    put(
-        tmp_path,
-        {"in/a.txt": b"a text\n", "out/vocab.txt/precious": b"", "out/output_val.txt": b""},
-    )
+    monkeypatch.setattr(time, "monotonic", iter(range(0, 1000, 2)).__next__)
+    out = put(tmp_path / "out", {"vocab.txt/precious": b"", "output_val.txt": b""})
+    put(tmp_path / "in", YES)
     assert_fails(run_main(SCRIPT, *IN_TO_OUT), r"out/vocab\.txt: ")
-    assert sorted(path.name for path in (tmp_path / "out").rglob("*")) == [
-        "output_val.txt",
-        "precious",
-        "vocab.txt",
-    ]
+    names = sorted(path.name for path in out.rglob("*"))
+    assert names == ["output_val.txt", "precious", "vocab.txt"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_outputs_are_replaced_leaves_all_of_them_new(
     run_main, monkeypatch, tmp_path, number
 ):
-    def interrupted(function):
-        def call(*args, **options):
-            signal.raise_signal(number)
-            function(*args, **options)
-            signal.raise_signal(number)
+    def replace(*paths) -> None:
+        signal.raise_signal(number)
+        os.rename(*paths)
+        signal.raise_signal(number)
 
-        return call
-
-    monkeypatch.setattr(os, "replace", interrupted(os.replace))
+    monkeypatch.setattr(os, "replace", replace)
     put(tmp_path, {"in/a.txt": b"yes\n", "in/b.txt": b"yes\n", "vocab.txt": b"earlier"})
     result = run_main(SCRIPT, "-data_dir", "in")
     assert (result.returncode, notices(result.stderr)) == (0, [])
@@ -884,23 +820,18 @@ def test_streams_may_be_missing_or_be_others_than_usual(run_main, tmp_path, stre
 
 
 @posix  # Windows has no such names
-def test_control_characters_in_names_are_escaped(run_main, tmp_path):
-    name = "\x1b]52;c;aGk=\x07\x9b31m\n\ta"
-    put(tmp_path / "in", YES | {f"{name}.xz": b""})
-    shown, errors = io.StringIO(), Terminal()
-    assert run_main(SCRIPT, *IN_TO_OUT, stderr=errors).returncode == 1
-    args = ["-data_dir", "in", "-output_dir", name, "-skip_corrupt"]
-    assert run_main(SCRIPT, *args, stdout=shown).returncode == 0
-    for text in (errors.getvalue(), shown.getvalue()):
-        assert r"\x1b]52;c;aGk=\x07\x9b31m\n" + "\ta" in text
-        assert not re.findall(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", text.replace("\x1b[A", ""))
+@pytest.mark.parametrize("flags", [[], ["-skip_corrupt"]])
+def test_control_characters_in_names_are_escaped(run_main, tmp_path, flags):
+    put(tmp_path / "in", YES | {"\x1b]52;c;aGk=\x07\x9b31m\n\ta.xz": b""})
+    result = run_main(SCRIPT, *IN_TO_OUT, *flags)
+    assert r"\x1b]52;c;aGk=\x07\x9b31m\n" + "\ta" in result.stdout + result.stderr
+    assert not re.findall(r"[\0-\x08\x0b-\x1f\x7f-\x9f]", result.stdout + result.stderr)
 
 
 def test_a_terminal_shows_a_bar_with_files_and_bytes(run_main, tmp_path):
     put(tmp_path / "in", {f"{i}.txt": "text é\n".encode() * 200 for i in range(3)})
-    terminal = Terminal()
     assert run_main(SCRIPT, "-data_dir", "in").stderr == ""
-    run_main(SCRIPT, "-data_dir", "in", stderr=terminal)
+    run_main(SCRIPT, "-data_dir", "in", stderr=(terminal := Terminal()))
     assert re.search(r"4\.80k/4\.80k.*3 of 3 files", terminal.getvalue())
 
 
@@ -923,19 +854,15 @@ def test_without_flags_the_built_in_sample_is_used_or_else_an_openwebtext_folder
     run_script, tmp_path
 ):
     result = run_script(SCRIPT)
-    assert result.returncode == 0, result.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(NAMES)
-    train, val, vocab = (content.decode("ascii") for content in read_three(tmp_path))
-    assert len(train) == int(0.9 * len(train + val)) > 300_000
+    assert re.fullmatch("no openwebtext folder here: .*, the Python reference\n", result.stderr)
+    assert sorted(os.listdir(tmp_path)) == sorted(NAMES)
+    train, val, vocab = read_three(tmp_path)
+    assert len(train) == int(0.9 * len(train + val)) > 300_000 and b"lambda" in train
     # All of printable ASCII, so that the committed file is that of every version of Python.
-    assert vocab == "".join(f"{chr(code)}\n" for code in [10, *range(32, 127)])
-    assert vocab.encode() == (ROOT / "vocab.txt").read_bytes()
-    assert {*vocab} == {*train} and "lambda" in train
-    sample = "no openwebtext folder here: using the built-in sample, the Python reference"
-    assert notices(result.stderr) == [sample]
+    assert vocab == (ROOT / "vocab.txt").read_bytes()
+    assert vocab == b"".join(bytes([code, 10]) for code in [10, *range(32, 127)])
     put(tmp_path / "openwebtext", YES)
-    assert notices(run_script(SCRIPT).stderr) == []
-    assert read_three(tmp_path) == OF_YES
+    assert run_script(SCRIPT).stderr == "" and read_three(tmp_path) == OF_YES
 
 
 def test_the_sample_has_every_printable_character_whatever_a_python_has_to_say(
@@ -952,20 +879,23 @@ def test_the_sample_has_every_printable_character_whatever_a_python_has_to_say(
 def test_the_summary_counts_texts_and_invalid_sequences_and_names_archives_with_many(
     run_main, tmp_path
 ):
-    tar_of_two = tar({"1.txt": "é".encode() * 6000, "2.txt": b"abcdef\xff"})
-    files = {f"{i}.xz": xz(tar_of_two) for i in range(8)}
-    files["8.txt"] = b"d\xe9j\xe0" * 99 + b"a" * 594  # 198 of 990
-    files["9.txt"] = b"lost bytes \x81\n" * 99
-    put(tmp_path / "in", files)
-    result = run_main(SCRIPT, "-data_dir", "in", "-output_dir", "new/out")
-    assert [line.split() for line in result.stdout.splitlines()[1:3]] == [
+    data = xz(tar({"1.txt": "é".encode() * 6000, "2.txt": b"abcdef\xff"}))
+    put(tmp_path / "in", {f"{i}.xz": data for i in range(8)})
+    put(
+        tmp_path / "in",
+        {"8.txt": b"d\xe9j\xe0" * 99 + b"a" * 594, "9.txt": b"lost bytes \x81\n" * 99},
+    )
+    lines = run_main(SCRIPT, "-data_dir", "in", "-output_dir", "new/out").stdout.splitlines()
+    assert [line.split() for line in lines[1:3]] == [
         ["training", "17", "49,079", "0.10"],
         ["validation", "1", "1,287", "0.00"],
     ]
-    assert re.search(r"vocabulary: 16 characters; .*: 305\n", result.stdout)
-    named = re.findall(r"^(\S+): (\d+) % of its characters", result.stdout, re.MULTILINE)
-    assert named == [("8.txt", "20"), ("9.txt", "8")]
-    assert result.stdout.endswith(f"in {tmp_path / 'new' / 'out'}\n")
+    assert lines[3:] == [
+        "vocabulary: 16 characters; invalid sequences replaced by U+FFFD: 305",
+        "8.txt: 20 % of its characters are not UTF-8 (NULs included)",
+        "9.txt: 8 % of its characters are not UTF-8 (NULs included)",
+        f"wrote output_train.txt, output_val.txt, vocab.txt in {tmp_path / 'new' / 'out'}",
+    ]
 
 
 # Long campaigns: pytest -m soak -------------------------------------------------------------------
@@ -1007,13 +937,6 @@ def test_a_kill_between_the_replacements_leaves_what_training_refuses_and_loses_
     assert run_main(SCRIPT, *IN_TO_OUT).returncode == 0 and read_three(out) == OF_YES
 
 
-@pytest.mark.soak
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("seconds", [0.1, 0.3, 1, 1.6, 2.5, 3.2, 4, 5])
-def test_holds_of_any_length_never_leave_a_mixture(run_main, tmp_path, hold, name, seconds):
-    check_hold(run_main, tmp_path, hold, name, seconds)
-
-
 # Run by a small process, since one that a large one starts counts the memory of that at first.
 MEASURE = """
 import resource, subprocess, sys
@@ -1053,7 +976,6 @@ def test_memory_stays_bounded_whatever_is_in_an_archive(tmp_path, name, data, si
     command = [sys.executable, "-c", MEASURE, sys.executable, data_extract.__file__, *IN_TO_OUT]
     kilobyte = 1e3 if sys.platform == "darwin" else 1
     peak = int(subprocess.check_output(command, cwd=tmp_path)) / kilobyte
-    assert sum((tmp_path / "out" / output).stat().st_size for output in NAMES[:2]) >= size
+    assert sum(path.stat().st_size for path in (tmp_path / "out").iterdir()) >= size
     assert peak < 300_000  # kilobytes of the largest process, workers included
-    for output in NAMES:
-        (tmp_path / "out" / output).unlink()
+    shutil.rmtree(tmp_path / "out")
