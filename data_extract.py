@@ -1,15 +1,17 @@
 """Turn archives of text into `output_train.txt`, `output_val.txt` and `vocab.txt`.
 
-    archives (.tar, .xz, .txt)  ->  documents  ->  clean UTF-8 text  ->  two files and the characters in them
+    archives (.tar, .xz, .txt)  ->  documents  ->  clean UTF-8 text  ->  two files and a vocabulary
 
-OpenWebText's `.xz` files are tars of documents inside; reading them as text would train a model on tar headers. So
-every archive is opened by what it contains, and other data than text never becomes corpus in silence. Worker
-processes unpack archives side by side, each into a file of its own that is then appended to the output, so that
-neither memory nor temporary files grow with the corpus.
+OpenWebText's `.xz` files are tars of documents inside; reading them as text would train a model on
+tar headers. So every archive is opened by what it contains, also one that lies in another, and
+other data than text never becomes corpus in silence. Worker processes unpack archives side by side,
+each into a file of its own that is then appended to the output, so that neither memory nor
+temporary files grow with the corpus.
 """
 
 import argparse
 import codecs
+import errno
 import io
 import lzma
 import multiprocessing
@@ -22,13 +24,12 @@ import string
 import sys
 import tempfile
 import threading
+import time
 import unicodedata
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
-from functools import partial
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, wait
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TextIO
@@ -45,15 +46,22 @@ FEW = 10  # fewer archives are too coarse to share out: their text is cut
 READ_SIZE = 64 << 10  # bytes unpacked at once, few enough to stay in a core's cache
 CHUNK = 2 << 20  # bytes of text handled at once
 BLOCK = 512  # bytes, of which a tar is made
-AHEAD = 4  # archives per worker whose texts may wait for their turn: without a limit they could fill the disk
+PACKED = (".xz", ".tar")
+ENDLESS = 1 << 60  # bytes, where the size of a tar is not known before its end
+DEEPEST = 20  # levels of archives in archives; OpenWebText as one file has three
+AHEAD = 4  # archives per worker whose texts may wait: without a limit they could fill the disk
 REPLACEMENT = "\ufffd"
 HEAD = 8000  # bytes at the beginning of a text that hold no NUL, as git and grep have it
-MOST_INVALID = 0.2  # of the characters of a text; Chinese in GBK has 0.69, French in Windows-1252 has 0.04
+MOST_INVALID = 0.2  # of a text's characters; Chinese in GBK has 0.69, French in Windows-1252 0.04
 SHARE = "{:.0f} % of its characters are not UTF-8 (NULs included)"
 DOUBTFUL = 0.01  # an archive with a larger share is named in the summary
-PAX_FIELD = re.compile(rb"^\d+ (path|size|GNU\.sparse)(?:\.\w+)?=(.*)$", re.MULTILINE)
-codecs.register_error("NUL", lambda error: ("\0", error.end))  # so that invalid sequences and NULs are counted as one
+PAX_RECORD = re.compile(rb"(\d{1,9}) ([^=\n]+)=")  # what a record begins with: length, key
 COMMON = b"\n\t" + bytes(range(32, 127))  # most of most texts
+# What the system says of a lock that another process holds. Wine, a Windows on Linux, says 0.
+HELD = {errno.EACCES, 0} if os.name == "nt" else {errno.EWOULDBLOCK}
+NO_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}  # and of a disk that can't do that
+# Invalid sequences become NULs, to be counted together with those.
+codecs.register_error("NUL", lambda error: ("\0", error.end))
 
 
 class DataError(Exception):
@@ -70,35 +78,40 @@ class NotText(Damaged):
 
 @contextmanager
 def name_file_in_errors(path: Path | str) -> Iterator[None]:
-    """Name `path` in an OSError from the block. Python's own errors name a file only when it is opened."""
+    """Name `path` in an OSError from the block. Python's own name a file only when it is opened."""
     try:
         yield
     except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), error.filename or str(path)) from error
+        raise OSError(
+            error.errno, error.strerror or str(error), error.filename or str(path)
+        ) from error
 
 
 def show(line: str, stream: TextIO) -> None:
-    """Print one line, with control characters in the names of files as `ascii` writes them: a terminal obeys them."""
-    print(re.sub(r"[\x00-\x08\n-\x1f\x7f-\x9f]", lambda found: ascii(found[0])[1:-1], line), file=stream, flush=True)
+    """Print a line, with control characters as `ascii` writes them: a terminal obeys them."""
+    line = re.sub(r"[\x00-\x08\n-\x1f\x7f-\x9f]", lambda found: ascii(found[0])[1:-1], line)
+    print(line, file=stream, flush=True)
 
 
-# Finding archives ----------------------------------------------------------------------------------------------------
+# Finding archives ---------------------------------------------------------------------------------
 
 
 class Archive(NamedTuple):
-    """One unit of the corpus: `size` bytes from `start` in the file `path`; messages call it `name`."""
+    """One unit of the corpus: `size` bytes from `start` in a file; messages call it `name`."""
 
     name: str
     path: Path
     start: int
     size: int
+    level: int = 1  # one more than that of the tar that it lies in
 
 
 def find_archives(data_dir: Path) -> tuple[list[Archive], Counter[str]]:
-    """Return all archives below `data_dir`, and how many files, folders and members of outer tars are passed over.
+    """Return all archives below `data_dir`, and how many files, folders and members don't count.
 
-    Archives are sorted by their own file name, then by path. The `.xz` members of a `.tar` are archives of their own,
-    so a corpus comes out in one order, whether its outer tars are unpacked or not. Raises DataError if none is found.
+    Archives are sorted by their own file name, then by path. Those in a `.tar` are archives of
+    their own, so a corpus comes out in one order, whether its outer tars are unpacked or not.
+    Raises DataError if none is found.
     """
     archives, passed_over = [], Counter()
     folders, seen = [data_dir], {os.path.realpath(data_dir)}
@@ -111,129 +124,191 @@ def find_archives(data_dir: Path) -> tuple[list[Archive], Counter[str]]:
             elif path.is_dir():
                 folders.append(path)
             else:
-                archive = Archive(path.relative_to(data_dir).as_posix(), path, 0, path.stat().st_size)
-                archives += archives_in_tar(archive, passed_over) if path.suffix.lower() == ".tar" else [archive]
+                name = path.relative_to(data_dir).as_posix()
+                archives += list_archives(Archive(name, path, 0, path.stat().st_size), passed_over)
     if not archives:
-        problem = f"{data_dir}: holds no .tar, .xz or .txt file; put your archives or texts there"
-        raise DataError("; ".join([problem, *(f"{reason}: {count:,}" for reason, count in passed_over.items())]))
-    return sorted(archives, key=lambda archive: (archive.name.rpartition("/")[2], archive.name)), passed_over
+        counts = [f"; {reason}: {count:,}" for reason, count in passed_over.items()]
+        raise DataError(
+            f"{data_dir}: holds no .tar, .xz or .txt file; put your archives or texts there"
+            + "".join(counts)
+        )
+    return sorted(archives, key=lambda one: (one.name.rpartition("/")[2], one.name)), passed_over
 
 
 def reason_in_name(name: str) -> str:
     """Return why a file or a member of a tar with this name is not part of the corpus, or ""."""
-    if re.search(r"(^|/)\.(?!\.?(/|$))", name):  # a part begins with a dot, but is not "." or ".."
+    parts = name.split("/")
+    if any(part.startswith(".") and part not in {".", ".."} for part in parts):
         return "passed over (hidden)"
-    if name.rpartition("/")[2].lower() in NEVER_CORPUS:
+    if parts[-1].lower() in NEVER_CORPUS:
         return "passed over (an output of these scripts, or requirements.txt)"
     return ""
 
 
 def reason_in_kind(path: Path, seen: set[str]) -> str:
-    """Return why a file or folder can't be read or has been `seen`, or "", and add its real path to those `seen`."""
-    if not path.is_dir() and not (path.suffix.lower() in {".tar", ".xz", ".txt"} and path.is_file()):
+    """Return why a file or folder isn't read, or "". Its real path joins those already `seen`."""
+    is_file = path.suffix.lower() in {".tar", ".xz", ".txt"} and path.is_file()
+    if not is_file and not path.is_dir():
         return f"passed over (no .tar, .xz or .txt file; {ELSEWHERE})"
     real_path = os.path.realpath(path)
-    if real_path in seen:  # so links to one folder neither double the corpus nor lead round in circles
+    if real_path in seen:  # so links to one folder neither double the corpus nor lead in circles
         return "passed over (a link to what is read anyway)"
     seen.add(real_path)
     return ""
 
 
-def archives_in_tar(outer: Archive, passed_over: Counter[str]) -> list[Archive]:
-    """Return the `.xz` members of a tar, and the tar itself if it holds documents too, is empty or is damaged."""
-    archives, is_read_itself = [], False
-    with name_file_in_errors(outer.path), open(outer.path, "rb") as file:
+def list_archives(archive: Archive, passed_over: Counter[str]) -> list[Archive]:
+    """Return an archive itself, or in place of a tar those in it, at any depth.
+
+    A tar is also returned itself if there are documents or nothing in it, or if it is damaged:
+    reading it comes upon the damage, and reports it like that of any other archive.
+    """
+    if not archive.name.lower().endswith(".tar") or archive.level > DEEPEST:
+        return [archive]
+    inside, is_read_itself = [], False
+    with name_file_in_errors(archive.path), open(archive.path, "rb") as file:
+        file.seek(archive.start)
         try:
-            for name, size, blocks in tar_members(file):
+            for name, start, size in tar_members(file, archive.size):
                 reason = reason_in_name(name)
                 if reason:
                     passed_over[reason] += 1
-                elif name.lower().endswith(".xz"):
-                    archives.append(Archive(f"{outer.name}/{name}", outer.path, file.tell(), size))
+                elif name.lower().endswith(PACKED):
+                    member = Archive(
+                        f"{archive.name}/{name}", archive.path, start, size, archive.level + 1
+                    )
+                    inside += list_archives(member, passed_over)
                 else:
                     is_read_itself = True
-                blocks.close()  # not to be read: a tar has gigabytes, and a damaged one may name any size
-                file.seek(min(size, outer.size), os.SEEK_CUR)
         except Damaged:
-            is_read_itself = True  # reading it comes upon the damage and reports it like that of any other archive
-    return [outer, *archives] if is_read_itself or not archives else archives
+            is_read_itself = True
+    return [archive, *inside] if is_read_itself or not inside else inside
 
 
 def take_sample(archives: list[Archive], rate: float, seed: int) -> list[Archive]:
-    """Return a reproducible share of the archives, in their order; a higher rate adds to what a lower one takes."""
+    """Return a reproducible share of the archives, in order; a higher rate takes more to them."""
     order = random.Random(seed).sample(range(len(archives)), len(archives))
-    return [archives[i] for i in sorted(order[: max(1, round(rate * len(archives)))])]
+    count = max(1, round(rate * len(archives)))
+    return [archives[i] for i in sorted(order[:count])]
 
 
-# Reading one archive -------------------------------------------------------------------------------------------------
+# Reading one archive ------------------------------------------------------------------------------
+
+
+def read_archive(archive: Archive, counts: Counter[str]) -> Iterator[str]:
+    """Yield an archive's text in bounded pieces, and count what it holds. Raises Damaged."""
+    with name_file_in_errors(archive.path), open(archive.path, "rb") as file:
+        file.seek(archive.start)
+        yield from read_content(archive.name, file, archive.size, counts, archive.level, True)
+
+
+def read_content(
+    name: str, stream: BinaryIO, size: int, counts: Counter[str], level: int, is_archive: bool
+) -> Iterator[str]:
+    """Yield the text of the next `size` bytes of a stream, opened by their name and what they are.
+
+    They are an archive of their own, or else a member of a tar, `level` archives deep. Raises
+    NotText and Damaged.
+    """
+    ending = Path(name).suffix.lower()
+    if ending == ".xz":
+        yield from read_xz(stream, size, counts, level, is_archive)
+        return
+    head = stream.read(min(BLOCK, size))
+    if ending == ".tar" or is_tar_header(head):
+        is_listed = is_archive and ending == ".tar"
+        yield from read_tar(stream, head, size, counts, level, is_listed)
+    elif is_archive:
+        yield from read_text(read_blocks(stream, head, size), counts)
+    else:
+        yield from read_document(read_blocks(stream, head, size), counts)
 
 
 class Window:
-    """The next `size` bytes of a file, for `lzma.open`: an `.xz` in an outer tar is read in place."""
+    """The next `size` bytes of a stream, for LZMAFile."""
 
-    def __init__(self, file: BinaryIO, size: int):
-        self.file, self.left = file, size
+    def __init__(self, stream: BinaryIO, size: int):
+        self.stream, self.left = stream, size
         self.is_read = False  # up to its end, and once more to see that it is the end
 
     def read(self, size: int) -> bytes:
-        data = self.file.read(min(size, self.left))
+        data = self.stream.read(min(size, self.left))
         self.left -= len(data)
         self.is_read = not data
         return data
 
+    def seekable(self) -> bool:
+        return True  # LZMAFile may move forward, which it does by reading
 
-def read_archive(archive: Archive, counts: Counter[str]) -> Iterator[str]:
-    """Yield an archive's text in bounded pieces, and count documents and invalid characters. Raises Damaged."""
-    ending = Path(archive.name).suffix.lower()
-    is_xz = ending == ".xz"
-    with name_file_in_errors(archive.path), open(archive.path, "rb") as file:
-        file.seek(archive.start)
-        packed = Window(file, archive.size)
-        stream = io.BufferedReader(lzma.open(packed, format=lzma.FORMAT_XZ), READ_SIZE) if is_xz else file  # noqa: SIM115
+
+def read_xz(
+    packed: BinaryIO, size: int, counts: Counter[str], level: int, is_archive: bool
+) -> Iterator[str]:
+    """Yield the text of the .xz data in the next `size` bytes: of a tar, or of one text.
+
+    That text is a shard, to be joined to others as it is. Raises NotText and Damaged.
+    """
+    window = Window(packed, size)
+    unpacked = lzma.LZMAFile(window, format=lzma.FORMAT_XZ)  # noqa: SIM115
+    stream = io.BufferedReader(unpacked, READ_SIZE)
+    try:
+        head = stream.read(BLOCK)
+        if is_tar_header(head):
+            yield from read_tar(stream, head, ENDLESS, counts, level, is_listed=False)
+        else:
+            yield from text_pieces(read_blocks(stream, head), counts, judge_at_end=is_archive)
+            counts["documents"] += 1
+    except (EOFError, lzma.LZMAError) as error:
+        raise Damaged(f"it is not a sound .xz file ({error})") from None
+    if not window.is_read:  # LZMAFile stops in silence where no further .xz data follows
+        raise Damaged("something else follows the .xz data in it")
+
+
+def read_tar(
+    stream: BinaryIO, head: bytes, size: int, counts: Counter[str], level: int, is_listed: bool
+) -> Iterator[str]:
+    """Yield the text of a tar's documents, and of the archives in it. What is no text is left out.
+
+    Its first block `head` has been read. If it `is_listed`, list_archives has listed the archives
+    in it and counted what is no part of the corpus. Raises Damaged.
+    """
+    if level > DEEPEST:
+        raise Damaged(f"it holds archives in archives, more than {DEEPEST} levels deep")
+    for name, _, length in tar_members(stream, size, head):
+        reason = reason_in_name(name)
+        if is_listed and (reason or name.lower().endswith(PACKED)):
+            continue
+        if reason:
+            counts[reason] += 1
+            continue
         try:
-            head = stream.peek(BLOCK)[:BLOCK]
-            is_tar = ending == ".tar" or is_tar_header(head) or (is_xz and head == bytes(BLOCK))  # NULs: an empty tar
-            yield from (read_tar if is_tar else read_plain)(ending, stream, counts)
-        except (EOFError, lzma.LZMAError) as error:
-            raise Damaged(f"it is not a sound .xz file ({error})") from None
-        if is_xz and not packed.is_read:  # the lzma module stops in silence where no further .xz data follows
-            raise Damaged("something else follows the .xz data in it")
+            yield from read_content(name, stream, length, counts, level + 1, is_archive=False)
+        except NotText:
+            counts["passed over (not text)"] += 1
 
 
-def read_plain(ending: str, stream: BinaryIO, counts: Counter[str]) -> Iterator[str]:
-    """Yield a plain text in pieces. A `.txt` ends with a newline; `.xz` are joined as they are. Raises NotText."""
+def read_text(blocks: Iterator[bytes], counts: Counter[str]) -> Iterator[str]:
+    """Yield a plain text in pieces; it ends with a newline. Raises NotText."""
     last = "\n"
-    for text in decode(iter(partial(stream.read, CHUNK), b""), counts, judge_at_end=True):
+    for text in text_pieces(blocks, counts, judge_at_end=True):
         yield text
         last = text or last
     counts["documents"] += 1
-    if ending == ".txt" and not last.endswith("\n"):
+    if not last.endswith("\n"):
         yield "\n"
 
 
-def read_tar(ending: str, stream: BinaryIO, counts: Counter[str]) -> Iterator[str]:
-    """Yield the documents of a tar, and pass over what is no text, such as another archive. Raises Damaged."""
-    for name, _, blocks in tar_members(stream):
-        reason = reason_in_name(name)
-        if ending == ".tar" and (reason or name.lower().endswith(".xz")):
-            continue  # archives_in_tar has counted or listed it
-        if reason:
-            counts[reason] += 1
-        else:
-            try:
-                yield from read_document(blocks, counts)
-            except NotText:
-                counts["passed over (not text)"] += 1
-
-
 def read_document(blocks: Iterator[bytes], counts: Counter[str]) -> Iterator[str]:
-    """Yield a document without trailing line ends, then a blank line; nothing if it is empty. Raises NotText."""
+    """Yield a document without trailing line ends, then a blank line; nothing if it is empty.
+
+    Raises NotText.
+    """
     is_empty = True
     ends = ""  # line ends that only the next piece shows to be trailing or not
-    for piece in decode(blocks, counts, judge_at_end=False):
+    for piece in text_pieces(blocks, counts, judge_at_end=False):
         piece = ends + piece
         text = piece.rstrip("\n")
-        ends = piece[len(text) :][:CHUNK]  # no more, so that a file of nothing else can't fill the memory
+        ends = piece[len(text) :][:CHUNK]  # so that a file of nothing else can't fill the memory
         if text:
             is_empty = False
             yield text
@@ -242,15 +317,16 @@ def read_document(blocks: Iterator[bytes], counts: Counter[str]) -> Iterator[str
         yield "\n\n"
 
 
-def decode(blocks: Iterator[bytes], counts: Counter[str], judge_at_end: bool) -> Iterator[str]:
-    r"""Yield a text in pieces, with `\n` line ends. Blocks of CHUNK bytes come in, of which only the last is shorter.
+def text_pieces(blocks: Iterator[bytes], counts: Counter, judge_at_end: bool) -> Iterator[str]:
+    r"""Yield a text in pieces, with `\n` line ends. Only the last block is shorter than CHUNK.
 
-    NULs and invalid sequences become U+FFFD and are counted. Raises NotText if they are too many in all of the text, or
-    in the first piece of a document: when the next one is read, the first has been written.
+    NULs and invalid sequences become U+FFFD and are counted. Raises NotText if they are too many in
+    all of the text, or in the first piece of it: when the next is read, the first is written.
     """
-    first = next(blocks, b"")
-    if len(first) < CHUNK and b"\r" not in first and b"\0" not in first and not first.startswith(codecs.BOM_UTF8):
-        with suppress(UnicodeDecodeError):  # most documents are like that, and the decoder below takes far longer
+    first, last = next(blocks, b""), b""
+    is_plain = b"\r" not in first and b"\0" not in first and not first.startswith(codecs.BOM_UTF8)
+    if is_plain and len(first) < CHUNK:
+        with suppress(UnicodeDecodeError):  # most documents; the decoder below takes far longer
             yield first.decode()
             return
     is_utf16 = first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
@@ -259,90 +335,114 @@ def decode(blocks: Iterator[bytes], counts: Counter[str], judge_at_end: bool) ->
     characters = invalid = 0
     decoder = codecs.getincrementaldecoder("utf-16" if is_utf16 else "utf-8-sig")("NUL")
     lines = io.IncrementalNewlineDecoder(decoder, translate=True)
-    for block in chain([first], blocks, [b""]):
+    judged_at = last if judge_at_end else first
+    for block in chain([first], blocks, [last]):
         text = lines.decode(block, final=not block)
         characters += len(text)
         invalid += text.count("\0")
-        is_judged = not block if judge_at_end else block is first
-        if is_judged and invalid > MOST_INVALID * characters:
-            raise NotText(f"it is not text: {SHARE.format(100 * invalid / characters)} ({ELSEWHERE})")
+        if block is judged_at and invalid > MOST_INVALID * characters:
+            raise NotText(
+                f"it is not text: {SHARE.format(100 * invalid / characters)} ({ELSEWHERE})"
+            )
         yield text.replace("\0", REPLACEMENT)
     counts["invalid"] += invalid
 
 
-def tar_members(stream: BinaryIO) -> Iterator[tuple[str, int, Iterator[bytes]]]:
-    """Yield name, size and content of each file in a tar; content that isn't read is skipped.
+def read_blocks(stream: BinaryIO, head: bytes = b"", size: int = ENDLESS) -> Iterator[bytes]:
+    """Yield `head`, which has been read, and what follows, in blocks of CHUNK but for the last."""
+    while block := head + stream.read(max(0, min(size, CHUNK) - len(head))):
+        yield block
+        head = b""
+        size -= len(block)
 
-    Goes on behind an end mark, since tars may be joined by `cat`. Reads only the fields that matter here, which takes
-    1 s per GB of OpenWebText where `tarfile` takes 5 s (unpacking takes 8 s). Raises Damaged.
+
+# The format of a tar ------------------------------------------------------------------------------
+
+
+def tar_members(stream: BinaryIO, size: int, header: bytes = b"") -> Iterator[tuple[str, int, int]]:
+    """Yield name, place and size of each file in the tar that is the next `size` bytes of a stream.
+
+    The stream stands at that place then, and the caller may read on from there, or not. The first
+    header may have been read. Goes on behind an end mark, since tars may be joined by `cat`. Reads
+    only the fields that matter here, which takes 1 s per GB of OpenWebText where `tarfile` takes
+    5 s (unpacking takes 8 s). Raises Damaged.
     """
+    place = stream.tell() - len(header)
+    end = place + size
     is_ended = False
     extended = {}  # what extra headers say of the next member
-    while header := stream.read(BLOCK):
+    while header := header or stream.read(min(BLOCK, end - place)):
+        place += len(header)
         is_ended = not header.strip(b"\0")  # NULs end a tar
-        if is_ended:
-            continue
-        if not is_tar_header(header):
-            raise Damaged("the tar in it is damaged or cut short, or something else follows it")
-        name, size = parse_header(header, extended)
-        blocks = read_blocks(stream, size)
-        kind = header[156:157]
-        if kind == b"L":  # GNU tar's way to give a long name
-            extended[b"path"] = next(blocks, b"")
-        elif kind == b"x":  # and that of pax, also for a huge size
-            extended |= PAX_FIELD.findall(next(blocks, b""))
-        elif kind == b"S" or b"GNU.sparse" in extended:  # its content is a map and pieces
-            raise Damaged(f"it holds a sparse file, {name!r} (unpack it with tar -xf)")
-        else:
-            extended = {}
-            if kind in (b"0", b"\0", b"7") and not name.endswith("/"):
-                yield name, size, blocks
-        for _ in blocks:
-            pass
-        stream.read(-size % BLOCK)  # what fills the last block
+        if not is_ended:
+            name, size = parse_header(header, extended)
+            kind = header[156:157]
+            if kind == b"L":  # GNU tar's way to give a long name
+                extended[b"path"] = stream.read(min(size, CHUNK))
+            elif kind == b"x":  # and that of pax, also for a huge size
+                extended |= parse_pax(stream.read(min(size, CHUNK)))
+            elif kind == b"S" or b"GNU.sparse" in b" ".join(extended):
+                # Its content is a map and pieces.
+                raise Damaged(f"it holds a sparse file, {name!r} (unpack it with tar -xf)")
+            else:
+                extended = {}
+                if kind in (b"0", b"\0", b"7") and not name.endswith("/"):
+                    yield name, place, size
+            place = min(end, place + size + -size % BLOCK)
+            stream.seek(place)
+        header = b""
     if not is_ended:
         raise Damaged("it is cut short")
 
 
 def is_tar_header(block: bytes) -> bool:
     """Return whether a member of a tar begins with this block, judged by the check sum in it."""
-    digits = block[148:156]
-    total = sum(block) - sum(digits) + len(digits) * ord(" ")  # the sum is made with blanks in its own place
-    return len(block) == BLOCK and digits.strip(b"\0 ").lstrip(b"0") == b"%o" % total
+    field = block[148:156]
+    digits = field.strip(b"\0 ").lstrip(b"0")
+    if len(block) < BLOCK or not digits.isdigit():  # few texts get further
+        return False
+    total = sum(block) - sum(field) + sum(b" " * 8)  # made with blanks in its own place
+    return digits == b"%o" % total
 
 
 def parse_header(header: bytes, extended: dict[bytes, bytes]) -> tuple[str, int]:
-    """Return a member's name and size. The fields' places are those of the ustar format. Raises Damaged."""
+    """Return a member's name and size. The fields' places are those of ustar. Raises Damaged."""
+    if not is_tar_header(header):
+        raise Damaged("the tar in it is damaged or cut short, or something else follows it")
     path = header[:100].rstrip(b"\0")
     if header[257:263] == b"ustar\0":
         path = (header[345:500].rstrip(b"\0") + b"/" + path).lstrip(b"/")
     digits = header[124:136]
     is_binary = digits[0] & 0x80  # as GNU tar has it from 8 GB on
+    octal = digits.strip(b"\0 ") or b"0"
     try:
-        size = int.from_bytes(digits[1:], "big") if is_binary else int(digits.rstrip(b"\0 ") or b"0", 8)
+        size = int.from_bytes(digits[1:], "big") if is_binary else int(octal, 8)
         size = max(0, int(extended.get(b"size", size)))  # a negative one would lead back here
     except ValueError:
         raise Damaged("the tar in it is damaged") from None
-    if header[156:157] in b"123456":  # links, devices and folders have no content, whatever size they name
+    if header[156:157] in b"123456":  # links, devices and folders have no content, whatever size
         size = 0
     return extended.get(b"path", path).rstrip(b"\0").decode("utf-8", "replace"), size
 
 
-def read_blocks(stream: BinaryIO, size: int) -> Iterator[bytes]:
-    """Yield the next `size` bytes in blocks of CHUNK, the last one shorter. Raises Damaged if there are fewer."""
-    while size > 0:
-        block = stream.read(min(size, CHUNK))
-        if len(block) < min(size, CHUNK):
-            raise Damaged("the tar in it is cut short")
-        size -= len(block)
-        yield block
+def parse_pax(data: bytes) -> dict[bytes, bytes]:
+    r"""Return what the records of a pax header say: `length key=value\n`. Raises Damaged."""
+    values, place = {}, 0
+    while place < len(data):
+        found = PAX_RECORD.match(data, place)
+        end = place + int(found[1]) if found else 0
+        if data[end - 1 : end] != b"\n":  # the length decides: a value may hold line ends
+            raise Damaged("the tar in it is damaged")
+        values[found[2]] = data[found.end() : end - 1]
+        place = end
+    return values
 
 
-# Extracting one archive, in worker processes -------------------------------------------------------------------------
+# Extracting one archive, in worker processes ------------------------------------------------------
 
 
 def start_worker() -> None:
-    """Let the parent decide what to do about Ctrl-C, which reaches every process, and end when it is gone."""
+    """Leave Ctrl-C, which reaches every process, to the parent, and end when that is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
 
@@ -355,7 +455,8 @@ def end_with_parent() -> None:
 def extract_archive(archive: Archive, part: Path) -> tuple[Counter[str], Counter[str], str]:
     """Write an archive's clean text to a file of its own.
 
-    Returns counts (documents, characters, invalid, members passed over), those of each character, and the damage.
+    Returns counts (documents, characters, invalid, members passed over), those of each character,
+    and the damage.
     """
     counts = Counter()
     try:
@@ -364,15 +465,16 @@ def extract_archive(archive: Archive, part: Path) -> tuple[Counter[str], Counter
                 counts["characters"] += len(text)
                 file.write(text.encode())
             file.seek(0)
-            return counts, count_characters(iter(partial(file.read, CHUNK), b"")), ""
+            return counts, count_characters(read_blocks(file)), ""
     except Damaged as damage:
         return Counter(), Counter(), str(damage)
 
 
 def count_characters(blocks: Iterable[bytes]) -> Counter[str]:
-    """Return how often each character is in UTF-8 text that may be cut anywhere; of COMMON ones, only that they are.
+    """Count each character in UTF-8 text that may be cut anywhere; COMMON ones once per block.
 
-    Counting all takes 7 s per GB, this 0.7 s: most of the common ones are found at once, and few others are left.
+    Counting all takes 7 s per GB, this 0.7 s: most of the common ones are found at once, and few
+    others are left.
     """
     seen = Counter()
     decoder = codecs.getincrementaldecoder("utf-8")()
@@ -385,78 +487,103 @@ def count_characters(blocks: Iterable[bytes]) -> Counter[str]:
     return seen
 
 
-# The whole corpus ----------------------------------------------------------------------------------------------------
+# The whole corpus ---------------------------------------------------------------------------------
 
 
-def extract(archives: list[Archive], passed_over: Counter, folder: Path, skip: bool, min_count: int) -> list[str]:
-    """Write the three files into `folder`, all or none, and return a summary. With `skip`, leave damaged archives out.
+def extract(
+    archives: list[Archive], passed_over: Counter, folder: Path, skip: bool, min_count: int
+) -> list[str]:
+    """Write the three files into `folder`, and return a summary. With `skip`, leave damage out.
 
-    The first `int(0.9 * n)` of ten archives or more are training text and the rest validation text. The text of fewer
-    is cut after `int(0.9 * characters)`. Raises DataError, and OSError when a file can't be read or written.
+    The first `int(0.9 * n)` of ten archives or more are training text and the rest validation text.
+    The text of fewer is cut after `int(0.9 * characters)`. Raises DataError, and OSError when a
+    file can't be read or written.
     """
     train, val, seen, notes = Counter(), Counter(), Counter(), []
+    train_path, val_path, vocab_path = (folder / name for name in OUTPUT_NAMES)
     is_cut = len(archives) < FEW
     first_val = len(archives) if is_cut else int(TRAIN_SHARE * len(archives))
-    bar = tqdm(total=sum(archive.size for archive in archives), unit="B", unit_scale=True, disable=None)
-    with outputs_in(folder) as temporary, bar:
-        train_path, val_path, vocab_path = (temporary / name for name in OUTPUT_NAMES)
-        for index, (counts, found, damage) in enumerate(extract_all(archives, temporary)):
-            name, part = archives[index].name, temporary / str(index)
+    total = sum(archive.size for archive in archives)
+    with tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
+        for index, (counts, found, damage) in enumerate(extract_all(archives, folder)):
+            name, part = archives[index].name, folder / str(index)
             path, text = (train_path, train) if index < first_val else (val_path, val)
             if damage and not skip:
                 raise DataError(f"{name}: {damage}; replace it, or leave it out with -skip_corrupt")
             if damage:
                 notes.append(f"left out: {name}: {damage}")
             else:
-                with name_file_in_errors(path), open(part, "rb") as file, open(path, "ab") as output:
-                    shutil.copyfileobj(file, output, CHUNK)
+                with name_file_in_errors(path), open(part, "rb") as file, open(path, "ab") as out:
+                    shutil.copyfileobj(file, out, CHUNK)
             part.unlink()
             text.update(counts)
             seen.update(found)
             if counts["invalid"] > DOUBTFUL * counts["characters"]:
-                notes.append(f"{name}: {SHARE.format(100 * counts['invalid'] / counts['characters'])}")
+                share = 100 * counts["invalid"] / counts["characters"]
+                notes.append(f"{name}: {SHARE.format(share)}")
             bar.set_postfix_str(f"{index + 1:,} of {len(archives):,} files", refresh=False)
             bar.update(archives[index].size)
-        if is_cut and train["characters"]:
-            keep = int(TRAIN_SHARE * train["characters"])
-            move_end(train_path, val_path, keep)
-            train["characters"], val["characters"] = keep, train["characters"] - keep
-        counts = passed_over + train + val
-        notes += [f"{what}: {count:,}" for what, count in counts.items() if what.startswith("passed over")]
-        if not train["characters"] or not val["characters"]:
-            raise DataError("; ".join(["too little text: training and validation both need some; add more", *notes]))
-        rare = {c for c, count in seen.items() if count < min_count and not c.isascii()}  # ASCII is never rare
-        kept = seen.keys() - rare | ({REPLACEMENT} if rare else set())  # training reads rare ones as that
-        with name_file_in_errors(vocab_path), open(vocab_path, "w", encoding="utf-8", newline="") as file:
-            file.writelines(f"{character}\n" for character in sorted(kept))
-        lines = [f"{'':10} {'documents':>12} {'characters':>16} {'megabytes':>12}"]
-        for name, text, path in (("training", train, train_path), ("validation", val, val_path)):
-            documents = f"of {counts['documents']:,}" if is_cut else f"{text['documents']:,}"
-            lines.append(f"{name:10} {documents:>12} {text['characters']:16,} {path.stat().st_size / 1e6:12,.2f}")
-    lines.append(f"vocabulary: {len(kept):,} characters; invalid sequences replaced by U+FFFD: {counts['invalid']:,}")
+    if is_cut and train["characters"]:
+        keep = int(TRAIN_SHARE * train["characters"])
+        move_end(train_path, val_path, keep)
+        train["characters"], val["characters"] = keep, train["characters"] - keep
+    counts = passed_over + train + val
+    notes += [f"{what}: {n:,}" for what, n in counts.items() if what.startswith("passed over")]
+    if not train["characters"] or not val["characters"]:
+        reason = "too little text: training and validation both need some; add more"
+        raise DataError("; ".join([reason, *notes]))
+    rare = {c for c, count in seen.items() if count < min_count and not c.isascii()}
+    kept = seen.keys() - rare
+    if rare:
+        kept.add(REPLACEMENT)  # as which training reads the rare ones
+    with (
+        name_file_in_errors(vocab_path),
+        open(vocab_path, "w", encoding="utf-8", newline="") as out,
+    ):
+        out.writelines(f"{character}\n" for character in sorted(kept))
+    lines = [f"{'':10} {'documents':>12} {'characters':>16} {'megabytes':>12}"]
+    for name, text, path in (("training", train, train_path), ("validation", val, val_path)):
+        documents = f"of {counts['documents']:,}" if is_cut else f"{text['documents']:,}"
+        size = path.stat().st_size / 1e6
+        lines.append(f"{name:10} {documents:>12} {text['characters']:16,} {size:12,.2f}")
+    lines.append(
+        f"vocabulary: {len(kept):,} characters; "
+        f"invalid sequences replaced by U+FFFD: {counts['invalid']:,}"
+    )
     return lines + notes
 
 
-def extract_all(archives: list[Archive], parts: Path) -> Iterator[tuple[Counter[str], Counter[str], str]]:
-    """Yield what came out of each archive, in order, while worker processes write their texts to files in `parts`."""
-    # A container may see 64 cores and have two.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def extract_all(archives: list[Archive], parts: Path) -> Iterator[tuple[Counter, Counter, str]]:
+    """Yield what came out of each archive, in order. Worker processes write texts to `parts`."""
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))  # a container may see 64 cores and have two
     workers = min(cores, 16, len(archives))
-    # Processes are spawned, not forked: that is the same on every system, and safe beside threads.
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker) as pool:
+    spawn = multiprocessing.get_context("spawn")  # the same on every system, safe beside threads
+    with ProcessPoolExecutor(workers, spawn, start_worker) as pool:
         try:
             waiting = deque()
             for index, archive in enumerate(archives):
                 waiting.append(pool.submit(extract_archive, archive, parts / str(index)))
                 if len(waiting) == AHEAD * workers:
-                    yield waiting.popleft().result()
+                    yield result_of(waiting.popleft())
             while waiting:
-                yield waiting.popleft().result()
-        except (BrokenProcessPool, MemoryError):
-            raise DataError("a worker process was killed, perhaps for want of memory; run again") from None
+                yield result_of(waiting.popleft())
+        except (BrokenExecutor, MemoryError):
+            raise DataError(
+                "a worker process was killed, perhaps for want of memory; run again"
+            ) from None
         finally:
-            for process in multiprocessing.active_children():  # on an error or Ctrl-C, don't wait for their archives
+            # On an error or Ctrl-C, don't wait for their archives.
+            for process in multiprocessing.active_children():
                 process.kill()
+
+
+def result_of(future: Future) -> tuple:
+    """Wait for a result, in steps: on Windows, Ctrl-C ends no wait but only comes after it."""
+    while not future.done():
+        wait([future], timeout=0.2)
+    return future.result()
 
 
 def move_end(source: Path, target: Path, keep: int) -> None:
@@ -472,83 +599,180 @@ def move_end(source: Path, target: Path, keep: int) -> None:
         old.truncate(size)
 
 
+# One run at a time, and three outputs or none -----------------------------------------------------
+
+
 @contextmanager
-def outputs_in(folder: Path) -> Iterator[Path]:
-    """Give a folder for temporary files. The three outputs in it move to `folder` together if the block succeeds.
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock file `path` during the block. Raises BlockingIOError if another process does.
 
-    Raises DataError if another extraction is at work in the folder.
+    On a disk that knows no locks, such as a mounted cloud folder, the block runs without.
     """
-    temporary, lock_path = folder / "data_extract.tmp", folder / "data_extract.lock.tmp"
-    with open(lock_path, "ab") as file:
+    with open(path, "ab") as file:
+        # A file without a name was that of a process which has ended since this one opened it.
+        if not lock(file) or os.fstat(file.fileno()).st_nlink == 0:
+            raise BlockingIOError(errno.EWOULDBLOCK, "another process has locked it", str(path))
         try:
-            lock(file)
-            # A run that ended after this file was opened has removed it: then its name leads to another file.
-            if not os.path.samestat(os.fstat(file.fileno()), lock_path.stat()):
-                raise FileNotFoundError
-        except (BlockingIOError, PermissionError, FileNotFoundError):
-            raise DataError(f"{folder}: another extraction is at work there; wait for its end") from None
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)  # what a killed run has left
-            temporary.mkdir()
-            yield temporary
-            # What is renamed must be on the disk first, or a power cut could leave an empty file under the right name.
-            for name in OUTPUT_NAMES:
-                with name_file_in_errors(temporary / name), open(temporary / name, "r+b") as output:
-                    os.fsync(output.fileno())
-            for name in OUTPUT_NAMES:
-                os.replace(temporary / name, folder / name)
+            yield
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
             if os.name == "nt":
-                file.close()  # Windows removes no open file, nor one that another run is about to lock
+                file.close()  # Windows removes no open file, nor one that others are about to lock
             with suppress(PermissionError):
-                lock_path.unlink()
+                path.unlink(missing_ok=True)
 
 
-def lock(file: BinaryIO) -> None:
-    """Lock a file until it is closed or this process dies. Raises OSError if another process has locked it."""
-    if os.name == "nt":
-        import msvcrt
+def lock(file: BinaryIO) -> bool:
+    """Lock a file until it is closed or this process dies. Return False if another one holds it."""
+    try:
+        if os.name == "nt":
+            import msvcrt
 
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
 
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in HELD
+    return True
 
 
-# The built-in sample -------------------------------------------------------------------------------------------------
+def write_outputs(args: argparse.Namespace, archives: list[Archive], passed_over: Counter) -> list:
+    """Extract archives, then let the three outputs take the place of former ones, all or none.
+
+    Returns a summary.
+    """
+    temporary = args.output_dir / "data_extract.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)  # what a killed run has left
+    try:
+        temporary.mkdir()
+        summary = extract(archives, passed_over, temporary, args.skip_corrupt, args.min_count)
+        move_outputs(temporary, args.output_dir)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return summary
+
+
+def move_outputs(temporary: Path, folder: Path) -> None:
+    """Move the outputs from `temporary` to `folder`; if one can't be moved, put all back.
+
+    `vocab.txt` goes first and comes last: training refuses what a kill leaves in between.
+    """
+    former = temporary / "former"
+    former.mkdir()
+    for name in OUTPUT_NAMES:
+        flush_to_disk(temporary / name)
+    try:
+        for name in reversed(OUTPUT_NAMES):
+            if (folder / name).is_file():
+                replace(folder / name, former / name)
+        for name in OUTPUT_NAMES:
+            replace(temporary / name, folder / name)
+    except BaseException as error:  # also Ctrl-C
+        for moved in OUTPUT_NAMES:
+            if not (temporary / moved).exists():
+                replace(folder / moved, temporary / moved)
+            if (former / moved).exists():
+                replace(former / moved, folder / moved)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(folder / name)) from error
+        raise
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file is on the disk, or a power cut could leave an empty one under its name."""
+    with name_file_in_errors(path), open(path, "r+b") as file:
+        try:
+            os.fsync(file.fileno())
+        except OSError as error:
+            if error.errno not in NO_FSYNC:
+                raise
+
+
+def replace(source: Path, target: Path) -> None:
+    """Rename a file, over another if there is one. Raises OSError.
+
+    Windows refuses while another program has either of them open. So this tries again for three
+    seconds.
+    """
+    deadline = time.monotonic() + 3
+    while True:
+        try:
+            return os.replace(source, target)
+        except PermissionError as error:
+            if time.monotonic() > deadline:
+                raise PermissionError(
+                    error.errno, f"{error.strerror}; does another program have it open?"
+                ) from None
+        time.sleep(0.1)
+
+
+# The built-in sample ------------------------------------------------------------------------------
 
 
 def write_sample(folder: Path) -> None:
-    """Write the Python language reference, which every CPython carries for `help()`, as a plain ASCII text."""
+    """Write the Python language reference, which CPython carries for `help()`, as plain ASCII."""
     from pydoc_data.topics import topics
 
-    # No version of Python has every printable character in its topics. With this text, all have the same vocabulary.
+    # No version of Python has every printable character in its topics. With this text, all have the
+    # same vocabulary.
     groups = [string.digits, string.ascii_lowercase, string.ascii_uppercase, string.punctuation]
-    characters = "The printable characters of ASCII are the space and these:\n\n   " + "\n   ".join(groups)
-    nearest = str.maketrans("\u2018\u2019\u201c\u201d\u2010\u2011\u2012\u2013\u2014\u2212", "''\"\"------")
-    text = "".join(f"{text.rstrip()}\n\n" for text in [characters, *(topics[name] for name in sorted(topics))])
-    text = unicodedata.normalize("NFKD", text.translate(nearest))  # accents apart, an ellipsis as three dots
+    intro = "The printable characters of ASCII are the space and these:\n\n   "
+    texts = [intro + "\n   ".join(groups), *(topics[name] for name in sorted(topics))]
+    text = "".join(f"{text.rstrip()}\n\n" for text in texts)
+    marks = "\u2018\u2019\u201c\u201d\u2010\u2011\u2012\u2013\u2014\u2212"
+    text = text.translate(str.maketrans(marks, "''\"\"------"))
+    text = unicodedata.normalize("NFKD", text)  # accents apart, an ellipsis as three dots
     with name_file_in_errors(folder):
-        (folder / "python_reference.txt").write_text(re.sub(r"[^\n -~]", "", text), encoding="ascii", newline="\n")
+        path = folder / "python_reference.txt"
+        path.write_text(re.sub(r"[^\n -~]", "", text), encoding="ascii", newline="\n")
 
 
-# The command ---------------------------------------------------------------------------------------------------------
+# The command --------------------------------------------------------------------------------------
 
 
 def parse_args(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.formatter_class = argparse.MetavarTypeHelpFormatter  # "-seed int"
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS,
+        description=__doc__.split("\n")[0],
+        allow_abbrev=False,
+        formatter_class=argparse.MetavarTypeHelpFormatter,  # "-seed int"
+    )
     flag = parser.add_argument
     flag("-help", action="help", help=argparse.SUPPRESS)  # else it would be -h with a value, "elp"
-    flag("-data_dir", type=Path, help=f"archives or texts (default: {DEFAULT_DATA_DIR} if it is there, else a sample)")
-    flag("-output_dir", type=Path, default=Path("."), help="where to write the three files (default: %(default)s)")
-    flag("-skip_corrupt", action="store_true", help="leave damaged archives out instead of stopping")
-    flag("-sample_rate", type=float, default=1.0, help="share of the archives to use, up to 1 (default: %(default)s)")
-    flag("-min_count", type=int, default=1, help="leave rarer characters out of vocab.txt (default: %(default)s)")
-    flag("-seed", type=int, default=1337, help="decides which archives -sample_rate takes (default: %(default)s)")
-    args = parser.parse_args([re.sub(r"^--(?=\w+(=|$))", "-", argument) for argument in arguments])  # --seed is -seed
+    flag(
+        "-data_dir",
+        type=Path,
+        help=f"archives or texts (default: {DEFAULT_DATA_DIR} if it is there, else a sample)",
+    )
+    flag(
+        "-output_dir",
+        type=Path,
+        default=Path("."),
+        help="where to write the three files (default: %(default)s)",
+    )
+    flag("-skip_corrupt", action="store_true", help="leave damaged archives out, don't stop")
+    flag(
+        "-sample_rate",
+        type=float,
+        default=1.0,
+        help="share of the archives to use, up to 1 (default: %(default)s)",
+    )
+    flag(
+        "-min_count",
+        type=int,
+        default=1,
+        help="leave rarer characters out of vocab.txt (default: %(default)s)",
+    )
+    flag(
+        "-seed",
+        type=int,
+        default=1337,
+        help="decides which archives -sample_rate takes (default: %(default)s)",
+    )
+    args = parser.parse_args(
+        [re.sub(r"^--(?=\w+(=|$))", "-", argument) for argument in arguments]  # --seed is -seed
+    )
     if not 0 < args.sample_rate <= 1:
         parser.error(f"argument -sample_rate: {args.sample_rate} is not above 0 and at most 1")
     if args.min_count < 1:
@@ -557,27 +781,43 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    with tempfile.TemporaryDirectory() as sample:
+    with tempfile.TemporaryDirectory() as sample, ExitStack() as stack:
         data_dir = args.data_dir or Path(DEFAULT_DATA_DIR)
         if not args.data_dir and not data_dir.is_dir():
-            show(f"no {DEFAULT_DATA_DIR} folder here: using the built-in sample, the Python reference", sys.stderr)
+            notice = "using the built-in sample, the Python reference"
+            show(f"no {DEFAULT_DATA_DIR} folder here: {notice}", sys.stderr)
             data_dir = Path(sample)
             write_sample(data_dir)
-        archives, passed_over = find_archives(data_dir)
-        archives = take_sample(archives, args.sample_rate, args.seed)
+        found, passed_over = find_archives(data_dir)
+        archives = take_sample(found, args.sample_rate, args.seed)
+        output_dir = os.path.abspath(args.output_dir)
         args.output_dir.mkdir(parents=True, exist_ok=True)
-        summary = extract(archives, passed_over, args.output_dir, args.skip_corrupt, args.min_count)
+        try:
+            stack.enter_context(locked(args.output_dir / "data_extract.lock.tmp"))
+        except BlockingIOError:
+            raise DataError(
+                f"{args.output_dir}: another extraction is at work there; wait for its end"
+            ) from None
+        summary = write_outputs(args, archives, passed_over)
+    if args.sample_rate < 1:
+        summary.append(f"sample: {len(archives):,} of {len(found):,} archives")
+    summary.append(f"wrote {', '.join(OUTPUT_NAMES)} in {output_dir}")
     with name_file_in_errors("standard output"):
-        for line in [*summary, f"wrote {', '.join(OUTPUT_NAMES)} in {args.output_dir.resolve()}"]:
+        for line in summary:
             show(line, sys.stdout)
 
 
 def main() -> int:
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # as under pythonw
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     args = parse_args(sys.argv[1:])
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # those of IDLE and Jupyter lack it
-            stream.reconfigure(errors="backslashreplace")  # names of archives need not be valid in any encoding
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that temporary files are removed
+            # Names of archives may be of any encoding.
+            stream.reconfigure(errors="backslashreplace")
+    # So that temporary files are removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     status = 1
     try:
         run(args)
@@ -587,7 +827,7 @@ def main() -> int:
     except OSError as error:
         if not error.filename:
             raise  # where it comes from is not known, so better a traceback than a wrong reason
-        message = f"{error.filename2 or error.filename}: {error.strerror}"
+        message = f"{error.filename}: {error.strerror}"
         if error.filename == "standard output":
             sys.stdout = None  # or Python would try to write the rest once more at its end
     except KeyboardInterrupt:

@@ -1,6 +1,4 @@
-"""Archives of every kind, sound and damaged, and a second, plain implementation of what should come
-out of them.
-"""
+"""Archives of every kind, sound and damaged, and what should come out of them, plainly computed."""
 
 import io
 import lzma
@@ -61,6 +59,14 @@ def pax(record: bytes, *rest: tuple) -> bytes:
     return tar([(member("pax", tarfile.XHDTYPE, len(record)), record), *rest])
 
 
+def nested(levels: int, name: str, pack=bytes) -> bytes:
+    """A text in a tar in a tar …; `pack=xz` makes a .tar.xz of each."""
+    data = b"a text"
+    for level in range(levels):
+        data = pack(v7({name if level else "a.txt": data}))
+    return data
+
+
 # A corpus, in all the ways that it can be packed --------------------------------------------------
 
 
@@ -76,43 +82,59 @@ def shards(count: int) -> dict[str, list[bytes]]:
     }
 
 
-def as_files(corpus: dict[str, list[bytes]], name: str = "openwebtext/{}.xz") -> dict[str, bytes]:
-    packed = {
-        shard: tar({f"{i:07d}.txt": text for i, text in enumerate(texts)})
+def as_tars(corpus: dict[str, list[bytes]], name: str = "{}.tar") -> dict[str, bytes]:
+    return {
+        name.format(shard): tar({f"{i:07d}.txt": text for i, text in enumerate(texts)})
         for shard, texts in corpus.items()
     }
-    return {name.format(shard): xz(data) for shard, data in packed.items()}
 
 
-def as_outer_tars(corpus: dict[str, list[bytes]]) -> dict[str, bytes]:
-    files = as_files(corpus)
-    names = ["subset00", "subset01"]
+def as_files(corpus: dict[str, list[bytes]], name: str = "openwebtext/{}.xz") -> dict[str, bytes]:
+    return {name: xz(data) for name, data in as_tars(corpus, name).items()}
+
+
+def as_outer_tars(corpus: dict[str, list[bytes]], name: str = "{}.tar") -> dict[str, bytes]:
+    files = as_files(corpus).items()
     return {
-        f"{outer}.tar": tar({name: data for name, data in files.items() if outer in name})
-        for outer in names
+        name.format(outer): tar({name: data for name, data in files if outer in name})
+        for outer in ("subset00", "subset01")
     }
+
+
+def as_texts(corpus: dict[str, list[bytes]], name: str = "{}.txt") -> dict[str, bytes]:
+    return {name.format(shard): documents(texts).encode() for shard, texts in corpus.items()}
+
+
+def as_packed_texts(corpus: dict[str, list[bytes]]) -> dict[str, bytes]:
+    return {name: xz(text) for name, text in as_texts(corpus, "{}.xz").items()}
 
 
 NESTINGS = {
     "xz files": as_files,
-    "xz files at depth": lambda corpus: as_files(
-        corpus, "{0[15]}/deep/{0}.xz"
-    ),  # folders in an order of their own
+    # Folders in an order of their own.
+    "xz files at depth": lambda corpus: as_files(corpus, "{0[15]}/deep/{0}.xz"),
     "outer tars": as_outer_tars,
-    "outer tars at depth": lambda corpus: {
-        f"down/here/{name}": data for name, data in as_outer_tars(corpus).items()
-    },
+    "outer tars at depth": lambda corpus: as_outer_tars(corpus, "down/here/{}.tar"),
+    "outer tars in a tar": lambda corpus: {"all.tar": tar(as_outer_tars(corpus))},
+    "tars in a tar in a tar": lambda corpus: {"all.tar": tar({"x/y.tar": tar(as_tars(corpus))})},
     "tar.xz files": lambda corpus: as_files(corpus, "{}.tar.xz"),
+    "tar.xz files in a tar": lambda corpus: {"all.tar": tar(as_files(corpus, "{}.tar.xz"))},
     "tars and files": lambda corpus: {
         **{name: data for name, data in as_files(corpus).items() if "subset00" in name},
         **{name: data for name, data in as_outer_tars(corpus).items() if "subset01" in name},
     },
-    "plain text": lambda corpus: {
-        f"{name}.txt": documents(texts).encode() for name, texts in corpus.items()
-    },
-    "packed text": lambda corpus: {
-        f"{name}.xz": xz(documents(texts).encode()) for name, texts in corpus.items()
-    },
+    "plain text": as_texts,
+    "packed text": as_packed_texts,
+}
+# Members of one tar.xz, which keep their order.
+IN_ONE_XZ = {
+    "xz files": as_files,
+    "outer tars": as_outer_tars,
+    "outer tars without an ending": lambda corpus: as_outer_tars(corpus, "{}"),
+    "tars": as_tars,
+    "texts": as_texts,
+    "packed texts": as_packed_texts,
+    "tar.xz of tar.xz": lambda corpus: {"a.tar.xz": xz(tar(as_files(corpus, "{}.tar.xz")))},
 }
 
 
@@ -135,9 +157,8 @@ NOT_TEXT = {
 
 
 def plain(data: bytes) -> str:
-    return (
-        data.removeprefix(BOM).decode("utf-8", "replace").replace("\r\n", "\n").replace("\r", "\n")
-    )
+    text = data.removeprefix(BOM).decode("utf-8", "replace")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def text_file(data: bytes) -> str:
@@ -147,9 +168,8 @@ def text_file(data: bytes) -> str:
 
 
 def documents(contents: list[bytes]) -> str:
-    return "".join(
-        text + "\n\n" for text in (plain(content).rstrip("\n") for content in contents) if text
-    )
+    texts = [plain(content).rstrip("\n") for content in contents]
+    return "".join(f"{text}\n\n" for text in texts if text)
 
 
 def three_files(texts: list[str]) -> list[bytes]:
@@ -167,9 +187,8 @@ def read_three(folder: Path) -> list[bytes]:
 
 # Damage -------------------------------------------------------------------------------------------
 
-NOISE = (
-    random.Random(1).randbytes(15_000).hex().encode()
-)  # hardly compressible, so that damage falls into data
+# Hardly compressible, so that damage falls into data.
+NOISE = random.Random(1).randbytes(15_000).hex().encode()
 PACKED = xz(tar({"a.txt": NOISE, "b.txt": NOISE}))
 SHORT = xz(tar({"a.txt": b"a" * 700}))
 OUTER = tar({"x/1.xz": SHORT, "x/2.xz": SHORT, "x/3.xz": SHORT})
@@ -190,5 +209,7 @@ DAMAGED = {
     "no number.xz": xz(pax(b"13 size=many\n", ("a.txt", b"a" * 3000))),
     "absurd size.xz": xz(pax(b"25 size=9999999999999999\n", ("a.txt", b"a" * 3000))),
     "absurd size.tar": pax(b"25 size=9999999999999999\n", ("a.txt", b"a" * 3000)),
+    "no record.tar": pax(b"size=12\n", ("a.txt", b"a" * 3000)),
+    "inside.tar.xz": xz(tar({"a.tar": tar({"1.xz": SHORT, "2.xz": SHORT[:-4]})})),
     "\x80bad name.xz": b"",
 }

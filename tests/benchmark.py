@@ -1,17 +1,16 @@
-"""Measure speed against the plain form in reference.py, or nanoGPT, and against what the machine
-can do at best.
+"""Measure speed against the plain form in reference.py, or against nanoGPT.
 
-    python tests/benchmark.py                                 all quick rows in one table, in a few
-    minutes python tests/benchmark.py -only step                      one row python
-    tests/benchmark.py -only gpu                       the rows for a GPU python tests/benchmark.py
-    -only step -nanogpt ../nanoGPT  against nanoGPT, a clone of it python tests/benchmark.py -only
-    learning -data_dir shakespeare    on another text
+    python tests/benchmark.py                        all quick rows in one table, some minutes
+    python tests/benchmark.py -only step             one row
+    python tests/benchmark.py -only gpu              the rows for a GPU
+    python tests/benchmark.py -nanogpt ../nanoGPT    against nanoGPT, a clone of it
+    python tests/benchmark.py -only learning -data_dir shakespeare    on another text
 
-A training step is timed in `training.train`, the loop that runs in training. Both sides of a row
-run in turn, A B A B ..., in one process, so the ratio is fair even if the speed of the machine
-drifts. Figures are medians; the ratio is the median of the pairs' ratios, with the lowest and the
-highest. On a machine with a GPU, steps and generation are measured on it (CUDA_VISIBLE_DEVICES=
-hides it).
+A training step is timed in `training.train`, the loop that runs in training, and compared with what
+the machine can do at best. Both sides of a row run in turn, A B A B ..., in one process, so the
+ratio is fair even if the speed of the machine drifts. Figures are medians; the ratio is the median
+of the pairs' ratios, with the lowest and the highest. On a machine with a GPU, steps and generation
+are measured on it (CUDA_VISIBLE_DEVICES= hides it).
 """
 
 import argparse
@@ -57,7 +56,7 @@ SHAPES = {
         "-dropout=0",
     ],
 }
-TARGET = 1.898  # the loss that nanoGPT ends with on tiny Shakespeare, in the small shape, after its 2000 steps
+TARGET = 1.898  # nanoGPT's loss on tiny Shakespeare, small shape, after its 2000 steps
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FAST = training.default_dtype(DEVICE)
 nanogpt: ModuleType | None = None  # its model.py
@@ -83,9 +82,7 @@ def seconds(work: Callable[[], object]) -> float:
 def in_turn(
     ours: Callable[[], float], theirs: Callable[[], float], pairs: int
 ) -> tuple[float, float, list[float]]:
-    """Return the median seconds of each side, and the ratios theirs/ours of all pairs. The sides
-    time themselves.
-    """
+    """Return the median seconds of each side, which times itself, and all ratios theirs/ours."""
     times = [(ours(), theirs()) for _ in range(pairs)]
     mine, other = (statistics.median(side) for side in zip(*times))
     return mine, other, [b / a for a, b in times]
@@ -120,8 +117,7 @@ def matmul_rate(dtype: torch.dtype) -> float:
 
 
 class Stopwatch:
-    """Takes the place of Interruption, which the loop asks before each step: times some steps and
-    ends the loop.
+    """Times some steps and ends the loop, in the place of Interruption, which the loop asks.
 
     The first step is not timed, since it warms up and shows the progress. On a GPU, time is taken
     only when all work is done, so the steps between may overlap as they do in training.
@@ -181,9 +177,7 @@ def load_nanogpt(folder: Path) -> ModuleType:
 
 
 def reference(config: dict) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    """Return the tutorial's model and optimizer, or nanoGPT's, compiled on a GPU as it is by
-    default.
-    """
+    """Return the tutorial's model and optimizer, or nanoGPT's, compiled on a GPU as by default."""
     if nanogpt is None:
         model = PlainGPT(**config).to(DEVICE)
         return model, torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -245,9 +239,8 @@ def measure_step(
         lambda: time_our_steps(run, steps), lambda: time_their_steps(their_step, steps), pairs
     )
     rate = max(rate, matmul_rate(dtype))
-    attention = (
-        12 * config["n_layer"] * config["n_embd"] * config["block_size"]
-    )  # per token, see PaLM, appendix B
+    # Per token, see PaLM, appendix B
+    attention = 12 * config["n_layer"] * config["n_embd"] * config["block_size"]
     weights = sum(p.numel() for p in run.model.parameters())
     flops = (6 * weights + attention) * batch_size * config["block_size"] / mine
     note = f"{flops / 1e9:.0f} GFLOP/s, {flops / rate:.0%} of the {rate / 1e9:.0f} of a matmul"
@@ -299,20 +292,14 @@ def learn(folder: Path, optimizer: str, max_iters: int) -> tuple[float, float]:
 
 
 def learning(folder: Path) -> None:
-    """Find the shortest schedule that comes to the loss of nanoGPT's own recipe for a CPU, and its
-    seconds.
-    """
+    """Find the shortest schedule, and its seconds, that comes to TARGET."""
     for optimizer in training.LEARNING_RATES:
         for max_iters in (400, 500, 600, 700, 850, 1000, 1400, 2000):
             loss, ours = learn(folder, optimizer, max_iters)
             if loss <= TARGET:
                 break
-        row(
-            f"loss {TARGET}, small shape, {optimizer}",
-            f"{max_iters} steps, {ours:.1f} s",
-            "2000 steps",
-            "",
-        )
+        name = f"loss {TARGET}, small shape, {optimizer}"
+        row(name, f"{max_iters} steps, {ours:.1f} s", "2000 steps", "")
 
 
 # Generating ---------------------------------------------------------------------------------------
@@ -355,9 +342,7 @@ def generate16(folder: Path) -> None:
 
 
 def write_archives(folder: Path, megabytes: int) -> list[Path]:
-    """Write archives of OpenWebText's shape, made of Python's own source: .xz of tars of 400
-    documents, 2 MB each.
-    """
+    """Write .xz of tars of 400 documents as OpenWebText has them, 2 MB each, of Python code."""
     sources = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     text = "".join(path.read_text(encoding="utf-8") for path in sources)
     paths, distinct = [], 8
@@ -384,14 +369,8 @@ def extract(folder: Path) -> None:
     archives.mkdir()
     output.mkdir()
     paths = write_archives(archives, 64)
-    command = [
-        sys.executable,
-        str(ROOT / "data_extract.py"),
-        "-data_dir",
-        str(archives),
-        "-output_dir",
-        str(output),
-    ]
+    command = [sys.executable, str(ROOT / "data_extract.py")]
+    command += ["-data_dir", str(archives), "-output_dir", str(output)]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     cores = os.cpu_count()
 
@@ -399,25 +378,21 @@ def extract(folder: Path) -> None:
         running = []
         for core in range(cores):
             with open(output / f"{core}.txt", "wb") as file:
-                running.append(
-                    subprocess.Popen(["xz", "-dc", *map(str, paths[core::cores])], stdout=file)
-                )
+                unpack = ["xz", "-dc", *map(str, paths[core::cores])]
+                running.append(subprocess.Popen(unpack, stdout=file))
         for process in running:
             assert process.wait() == 0
 
     if shutil.which("xz") is None:
         raise SystemExit("extract: install xz to compare with")
-    mine, other, ratios = work_in_turn(
-        lambda: subprocess.run(command, check=True, **quiet), unpack_on_all_cores, 7
-    )
-    against = f"xz -dc on {cores} cores"
-    row(
-        "extract 64 MB of OpenWebText's shape",
-        f"{mine:.2f} s",
-        f"{other:.2f} s",
-        spread(ratios),
-        against,
-    )
+
+    def extract_all():
+        subprocess.run(command, check=True, **quiet)
+
+    mine, other, ratios = work_in_turn(extract_all, unpack_on_all_cores, 7)
+    seconds_of_both = f"{mine:.2f} s", f"{other:.2f} s"
+    note = f"against xz -dc on {cores} cores"
+    row("extract 64 MB of OpenWebText's shape", *seconds_of_both, spread(ratios), note)
 
 
 # The table ----------------------------------------------------------------------------------------
@@ -431,12 +406,8 @@ ROWS["gpu"] = GPU
 def provide_text(folder: Path, data_dir: Path | None) -> None:
     """Put the three files of `data_dir` into the folder, or those of the built-in sample."""
     if data_dir is None:
-        subprocess.run(
-            [sys.executable, str(ROOT / "data_extract.py")],
-            cwd=folder,
-            check=True,
-            capture_output=True,
-        )
+        command = [sys.executable, str(ROOT / "data_extract.py")]
+        subprocess.run(command, cwd=folder, check=True, capture_output=True)
     else:
         for name in ("output_train.txt", "output_val.txt", "vocab.txt"):
             shutil.copyfile(data_dir / name, folder / name)
@@ -445,14 +416,8 @@ def provide_text(folder: Path, data_dir: Path | None) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("-only", choices=ROWS, help="measure this row alone, or those for a GPU")
-    parser.add_argument(
-        "-data_dir",
-        type=Path,
-        help="folder with the three files of a text; else, the built-in sample",
-    )
-    parser.add_argument(
-        "-nanogpt", type=Path, help="clone of nanoGPT, to compare steps and generation with"
-    )
+    parser.add_argument("-data_dir", type=Path, help="three files of a text; else, the sample's")
+    parser.add_argument("-nanogpt", type=Path, help="clone of nanoGPT, to compare with")
     args = parser.parse_args()
     if args.only == "gpu" and DEVICE.type != "cuda":
         parser.error("argument -only: gpu needs a GPU, and there is none here")

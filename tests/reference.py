@@ -20,13 +20,17 @@ class PlainHead(nn.Module):
         self.value = nn.Linear(n_embd, head_size, bias=False)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x):
+    def weights(self, x):
+        """Return how much each time step looks at each other one."""
         time_steps = x.shape[1]
-        k, q, v = self.key(x), self.query(x), self.value(x)
+        k, q = self.key(x), self.query(x)
         scores = q @ k.transpose(1, 2) / math.sqrt(k.shape[2])
         future = torch.ones(time_steps, time_steps, device=x.device).triu(1) == 1
         scores[:, future] = -math.inf
-        return self.dropout(torch.softmax(scores, dim=2)) @ v
+        return torch.softmax(scores, dim=2)
+
+    def forward(self, x):
+        return self.dropout(self.weights(x)) @ self.value(x)
 
 
 class PlainMultiHeadAttention(nn.Module):
@@ -91,6 +95,21 @@ class PlainGPT(nn.Module):
         return logits, nn.functional.cross_entropy(
             logits.view(-1, logits.shape[2]), targets.reshape(-1)
         )
+
+    @torch.no_grad()
+    def inside(self, index):
+        """Return the heads' weights, and each character's chance before and after each block.
+
+        Their shapes are (blocks, heads, T, T) and (blocks + 1, T, V).
+        """
+        steps = index.shape[1]
+        x = self.token_embedding_table(index) + self.position_embedding_table.weight[:steps]
+        weights, logits = [], [self.lm_head(self.ln_f(x))]
+        for block in self.blocks:
+            weights.append(torch.cat([head.weights(x) for head in block.sa.heads]))
+            x = block(x)
+            logits.append(self.lm_head(self.ln_f(x)))
+        return torch.stack(weights), torch.softmax(torch.cat(logits), dim=2)
 
     @torch.no_grad()
     def generate(self, index, max_new_tokens, greedy=False):

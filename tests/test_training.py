@@ -14,6 +14,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from threading import Timer
 from unittest.mock import Mock
 
 import numpy as np
@@ -35,6 +36,7 @@ from conftest import (
 from steps import new_run, settings_with, settle
 from torch.utils._pytree import tree_map_only
 
+import model as gpt
 import training
 from model import GPTLanguageModel, Vocabulary, load_model, read_model_file, save_model
 
@@ -154,9 +156,10 @@ NOT_UTF_8 = [b"\xff", b"\x80" * 5, b"\xe2\x82", b"\xed\xa0\x80", b"\xc0\x80", b"
 def test_text_that_is_not_utf_8_is_named_with_its_place(tmp_path, bad, place):
     data = b"a" * place + bad + b"a" * (40 - place)
     put(write_texts(tmp_path, "abc"), {"output_train.txt": data})
-    wrong = rf"output_train.txt: not UTF-8 text at byte {place}"
-    with pytest.raises(training.TrainingError, match=wrong):
+    wrong = r"output_train.txt: not UTF-8 text at byte \d+$"
+    with pytest.raises(training.TrainingError, match=wrong) as caught:
         list(open_text(tmp_path, 8).from_the_start())
+    assert int(str(caught.value).split()[-1]) - place in range(len(bad))
 
 
 # Learning -----------------------------------------------------------------------------------------
@@ -535,6 +538,209 @@ def test_links_stay_and_their_targets_are_replaced(train, texts):
         assert all((texts / name).is_symlink() for name in THREE)
         assert len(metrics(disk)) == last_step(disk) == max_iters
     assert last_step(disk, "model-01.old") == 1 and load_model(disk / "model-01.pkl")
+
+
+# One run at a time, on any disk ------------------------------------------------------------------
+
+
+def test_a_second_run_of_a_model_is_told_so_and_a_killed_one_blocks_nothing(
+    texts, start_script, run_script
+):
+    first = start_script("training.py", *TINY, *ENDLESS, "-eval_interval=50", cwd=texts)
+    wait_until_shown(first, "step 50:", "stdout")
+    for flags in ([*TINY, "-max_iters=2"], ["-resume", "-device=cpu"]):
+        done = run_script("training.py", *flags)
+        assert_fails(done, "model-01.pkl: another run is training it; wait for its end, or name")
+    assert run_script("training.py", *TINY, "-max_iters=2", "-model=b.pkl").returncode == 0
+    wait_until_shown(first, "step 150:", "stdout")  # nothing has stopped it
+    first.kill()
+    first.wait()
+    put(texts, {f"{name}.tmp": b"what a kill may leave" for name in THREE})
+    done = run_script("training.py", "-resume", "-device=cpu", "-max_iters=1000001", "-patience=1")
+    assert done.returncode == 0 and "resumed     after step" in done.stdout, done.stderr
+    assert not list(texts.glob("*.tmp"))
+
+
+def test_the_times_of_files_mean_nothing(train, texts, monkeypatch):
+    """They change by `touch`, by a backup, and on disks that settle them after a save."""
+    in_step(monkeypatch, 4, lambda: os.utime(texts / THREE[1], (1, 1)))
+    train("-max_iters=6", "-eval_interval=2")
+    assert last_step(texts) == 6 and not list(texts.glob("*.old*"))
+
+
+def hold(monkeypatch, name: str, tries: int) -> list[float]:
+    """Let so many renames onto a file fail, as while another program has it open on Windows.
+
+    Returns the list of the waits between.
+    """
+    rename, waits = os.replace, []
+
+    def refuse(source, target):
+        if Path(target).name == name and len(waits) < tries:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(target))
+        rename(source, target)
+
+    clock = iter(range(10**9))
+    monkeypatch.setattr(os, "replace", refuse)
+    monkeypatch.setattr(gpt, "time", Mock(sleep=waits.append, monotonic=lambda: next(clock) / 10))
+    return waits
+
+
+@pytest.mark.parametrize("name", THREE)
+def test_a_file_that_is_open_elsewhere_for_a_moment_costs_nothing(train, texts, monkeypatch, name):
+    waits = hold(monkeypatch, name, tries=25)
+    done = train("-max_iters=2")
+    assert (
+        len(waits) == 25 and done.stderr == "" and last_step(texts) == 2 == len(metrics(texts)) + 1
+    )
+
+
+@pytest.mark.parametrize("name", [*THREE, "loss.png"])
+def test_a_file_that_stays_open_ends_a_run_only_if_it_holds_the_work(
+    train, texts, monkeypatch, name
+):
+    pytest.importorskip("matplotlib", reason="draws with matplotlib, which is not installed")
+    hold(monkeypatch, name, tries=10**6)
+    question = f"{name}: .*; does another program have it open[?]"
+    if name in THREE[:2]:
+        assert_fails(train("-max_iters=4", "-plot=loss.png", status=1), f"{question}$")
+    else:
+        done = train("-max_iters=4", "-eval_interval=2", "-plot=loss.png")
+        assert len(re.findall(f"not written: {question}; the run goes on", done.stderr)) == 2
+        assert last_step(texts) == 4
+    assert not list(texts.glob("*.tmp"))
+
+
+@pytest.mark.skipif(os.name != "nt", reason="elsewhere an open file can be replaced")
+def test_open_files_are_waited_for_on_windows(train, texts):
+    train("-max_iters=2")
+    for name in THREE:
+        file = open(texts / name, "rb")  # noqa: SIM115
+        Timer(1, file.close).start()
+    train("-max_iters=4")
+    assert last_step(texts) == 4 and last_step(texts, "model-01.old") == 2
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(errno.EINVAL, 0), (errno.ENOTSUP, 0), (errno.EIO, 1)]
+)
+def test_a_disk_without_fsync_is_enough_but_a_bad_one_is_named(train, monkeypatch, number, status):
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(number, os.strerror(number))))
+    done = train("-max_iters=2", status=status)
+    if status:
+        assert_fails(done, f"model-01.pkl: {os.strerror(number)}")
+
+
+def test_a_model_may_lie_in_a_folder_that_is_not_there_yet(train, texts):
+    train("-max_iters=2", "-model=new/folder/m.pkl")
+    assert load_model(texts / "new/folder/m.pkl")
+    put(texts, {"file": b""})
+    assert_fails(train("-max_iters=2", "-model=file/m.pkl", status=1), "file/m.pkl: ")
+
+
+@pytest.mark.parametrize("name", ["model-01.old.pkl", "model-01.old.state.pkl"])
+def test_a_run_never_displaces_the_file_that_it_starts_from(train, texts, name):
+    for _ in range(2):
+        train("-max_iters=2")
+    before = read_folder(texts)
+    done = train("-max_iters=2", f"-init_from={name}", status=2)
+    assert_fails(done, f"-init_from: .* would displace {name}; name another -model", status=2)
+    assert read_folder(texts) == before
+    train("-max_iters=2", f"-init_from={name}", "-model=b.pkl")
+
+
+# The end of a run ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [2, None])
+def test_a_signal_at_the_end_ends_the_run_without_the_last_evaluation(
+    train, texts, monkeypatch, step
+):
+    """That is in the last step, and in the evaluation of the whole validation text."""
+    handlers, found = [*map(signal.getsignal, STOPS)], []
+
+    def interrupted_end(run):
+        found.extend(map(signal.getsignal, STOPS))
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(training, "describe_end", interrupted_end)
+    if step:
+        interrupt_in(monkeypatch, step)
+    done = train("-max_iters=2", status=130)
+    assert "best model" not in done.stdout and done.stderr == "" and last_step(texts) == 2
+    assert found == ([] if step else handlers)
+
+
+def test_the_last_evaluation_is_as_long_as_the_run_was_and_no_shorter_than_another(train, texts):
+    write_texts(texts, val="the mat sat on the cat\n" * 2000)
+    first = r"over the first {:,} characters of the validation text"
+    flags = ["-learning_rate=0", "-min_lr=0", "-eval_interval=10", "-patience=2"]
+    for steps, rows in ((5, 8), (300, 120)):  # an evaluation has 2 batches of 4 rows
+        assert first.format(rows * 8) in train(f"-max_iters={steps}", "-eval_interval=300").stdout
+    done = train(*flags, "-max_iters=1000000")  # which ends after 30 steps
+    assert first.format(12 * 8) in done.stdout
+
+
+# Streams, cards and reasons -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("missing", ["stdin", "stdout", "stderr"])
+def test_a_run_without_a_standard_stream_is_as_good(train, texts, missing):
+    train("-max_iters=2", **{missing: None})
+    assert last_step(texts) == 2
+
+
+def test_each_process_touches_its_own_card_only_and_a_state_names_no_number(monkeypatch, texts):
+    touched = []
+    zeros = torch.zeros
+    monkeypatch.setattr(training, "WORLD_SIZE", 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda card: touched.append(card))
+    monkeypatch.setattr(torch, "zeros", lambda *a, **b: touched.append(b["device"]) or zeros(*a))
+    monkeypatch.setattr(training, "run_training", lambda parser, given: 0)
+    monkeypatch.setattr("sys.argv", ["training.py", "-device=cuda"])
+    assert training.main() == 0 and touched == [1, "cuda"]
+    monkeypatch.setattr(training, "device", lambda name: torch.device("cuda:1"))
+    settings = settings_with([*TINY[:-1], "-dtype=float16", f"-data_dir={texts}"])
+    assert settings.flags["device"] == "cuda" and str(settings.device) == "cuda:1"
+
+
+def test_processes_share_gradients_and_send_no_masks(monkeypatch, texts):
+    monkeypatch.setattr(training, "WORLD_SIZE", 2)
+    monkeypatch.setattr(training, "DistributedDataParallel", Mock())
+    run = new_run(tiny_settings(f"-data_dir={texts}"))
+    assert training.prepare_forward(run).broadcast_buffers is False
+
+
+def test_a_state_of_float16_from_before_the_first_good_step_can_be_resumed(
+    train, texts, monkeypatch
+):
+    monkeypatch.setattr(training, "SOON", 0)
+    with monkeypatch.context() as patch:
+        interrupt_in(patch, 1)
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.inf))
+        train("-dtype=float16", "-max_iters=4", status=130)
+    assert state_of(texts)["training"]["optimizer"]["parts"] == [[]]
+    assert "after step 1 of 4" in train("-resume").stdout
+
+
+def test_a_state_is_read_once(train, texts, monkeypatch):
+    train("-max_iters=2")
+    read, read_bytes = [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path.name) or read_bytes(path))
+    train("-resume", "-max_iters=3")
+    assert read.count("model-01.state.pkl") == 1
+
+
+def test_a_state_that_is_damaged_says_what_would_help(train, texts):
+    train("-max_iters=2")
+    path = texts / "model-01.state.pkl"
+    path.write_bytes(path.read_bytes()[:-100])
+    advice = "-init_from model-01.pkl starts a new run from the best model"
+    assert_fails(train("-resume", status=1), f"state.pkl: not a model file .*; .*{advice}")
+    train("-max_iters=2", "-init_from=model-01.pkl")
 
 
 # Terminals, logs and signals ----------------------------------------------------------------------
