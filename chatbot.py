@@ -18,8 +18,6 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
-from itertools import tee
-from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -108,6 +106,21 @@ def until(stop: str, characters: Iterable[str]) -> Iterator[str]:
     yield held
 
 
+def read_together(columns: Iterable[str], stop: str | None, count: int) -> list[str]:
+    """Return the texts of completions that are made together, each up to its own `stop`.
+
+    Each column has the next character of every completion.
+    """
+    texts = [""] * count
+    for column in columns:
+        texts = [text + character for text, character in zip(texts, column)]
+        if stop and all(stop in text for text in texts):
+            break
+    if stop:
+        texts = [text.partition(stop)[0] for text in texts]
+    return texts
+
+
 @torch.inference_mode()
 def surprises(model: GPTLanguageModel, ids: list[int]) -> list[float]:
     """Return how many bits each token but the first was worth: -log2 of its probability.
@@ -161,13 +174,12 @@ def answer(prompt: str, model: GPTLanguageModel, vocabulary: Vocabulary, args: N
     ids = encode_prompt(prompt, vocabulary)
     index = torch.tensor([ids] * args.batch_size, device=args.device)
     options = (args.max_new_tokens, args.temperature, args.top_k, args.generator)
+    # One character for each completion, then the next ones, as long as they are asked for.
     columns = (vocabulary.decode(new[:, 0].tolist()) for new in model.stream(index, *options))
-    # Each completion takes its own character of every column, and reads on until its own stop. So
-    # the model goes on only as long as one of them needs it.
-    copies = enumerate(tee(columns, args.batch_size))
-    endings = [until(args.stop or "", map(itemgetter(row), copy)) for row, copy in copies]
     if args.batch_size > 1:
-        endings = ["".join(ending) for ending in endings]
+        endings = read_together(columns, args.stop, args.batch_size)
+    else:
+        endings = [until(args.stop or "", columns)]
     for number, ending in enumerate(endings, 1):
         show(f"Completion {number}:" if args.batch_size > 1 else "Completion:")
         completion = vocabulary.decode(ids)

@@ -210,8 +210,8 @@ def read_content(
     They are an archive of their own, or else a member of a tar, `level` archives deep. Raises
     NotText and Damaged.
     """
-    ending = Path(name).suffix.lower()
-    if ending == ".xz":
+    ending = name.lower()[-4:]
+    if ending.endswith(".xz"):
         yield from read_xz(stream, size, counts, level, is_archive)
         return
     head = stream.read(min(BLOCK, size))

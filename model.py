@@ -97,16 +97,15 @@ class MultiHeadAttention(nn.Module):
         multiplication. With a cache, x holds only the T new time steps. They also see the steps
         that the cache remembers: S in all.
         """
-        T = x.shape[1]
-        head = self.heads[0]  # mask and dropout are the same in all heads
-        if cache is None:
-            q, k, v = self.project(x, self.joined_weight())  # (B, H, T, D) each
-            visible = head.tril[:T, :T]
-        else:
-            q, k, v = self.project(x, cache.weight)
+        B, T, _ = x.shape
+        weight = self.joined_weight() if cache is None else cache.weight
+        qkv = linear(x, weight).view(B, T, 3, len(self.heads), -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        if cache is not None:
             q, k, v = cache.append(q, k, v)  # k and v are (B, H, S, D) now
-            S = k.shape[2]
-            visible = head.tril[S - T : S, :S]
+        S = k.shape[2]  # without a cache, S = T
+        head = self.heads[0]  # mask and dropout are the same in all heads
+        visible = head.tril[S - T : S, :S]
         y = fused_attention(q, k, v, visible, head.dropout, is_causal=cache is None)
         y = y.transpose(1, 2).flatten(2)  # (B, T, H·D): the heads side by side
         return self.dropout(self.proj(y.to(x.dtype)))
@@ -115,12 +114,6 @@ class MultiHeadAttention(nn.Module):
         """Return the weights of all queries, then keys, then values, on one another: (3·H·D, C)."""
         names = ("query", "key", "value")
         return torch.cat([getattr(head, name).weight for name in names for head in self.heads])
-
-    def project(self, x: Tensor, joined_weight: Tensor) -> tuple[Tensor, ...]:
-        """(B, T, C) -> queries, keys and values of all heads: (B, H, T, D) each"""
-        B, T, _ = x.shape
-        qkv = linear(x, joined_weight).view(B, T, 3, len(self.heads), -1)
-        return qkv.permute(2, 0, 3, 1, 4).unbind()
 
 
 class FeedForward(nn.Module):

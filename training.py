@@ -932,12 +932,15 @@ def default_dtype(device: torch.device) -> str:
     """Return the dtype that the device multiplies fastest."""
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
-    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):  # as in torch 2.9
-        return "float32"
     # A CPU without units for bfloat16 is many times slower with it than with float32.
-    units = torch.cpu.get_capabilities()
-    has_units = units.get("avx512_bf16") or units.get("amx_tile")
-    return "bfloat16" if has_units else "float32"
+    if hasattr(torch.cpu, "get_capabilities"):
+        units = torch.cpu.get_capabilities()
+        # Of ARM, torch uses such units on Linux only.
+        is_arm = sys.platform == "linux" and units.get("bf16")
+        has_units = is_arm or units.get("avx512_bf16") or units.get("amx_tile")
+    else:  # torch 2.9 has only these private names
+        has_units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if device.type == "cpu" and has_units else "float32"
 
 
 def default_learning_rate(settings: Namespace) -> float:
