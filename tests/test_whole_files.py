@@ -1,16 +1,20 @@
 """Every output of every script is whole or as it was: full disks, read-only folders, kills."""
 
+import errno
 import os
 import random
 import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
 
 import pytest
 from archives import NAMES, read_three, three_files, xz
 from conftest import TINY, assert_fails, metrics, put, read_folder, wait_for, write_texts
 
-from model import load_model
+import training
+from model import load_model, read_model_file
 
 linux_root = pytest.mark.skipif(
     sys.platform != "linux" or os.geteuid() != 0, reason="mounts a file system, as root on Linux"
@@ -134,3 +138,37 @@ def test_a_killed_extraction_leaves_former_or_whole_files(tmp_path, start_script
     assert new in outcomes and [b"former"] * 3 in outcomes
     assert run_script("data_extract.py", "-data_dir=in", "-output_dir=out").returncode == 0
     assert sorted(os.listdir(out)) == sorted(NAMES) and read_three(out) == new
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seconds", [0.1, 0.3, 1, 1.6, 2.5, 5])
+@pytest.mark.parametrize("name", FORMER)
+def test_a_file_of_a_run_that_is_held_open_at_each_save(
+    tmp_path, run_here, monkeypatch, name, seconds
+):
+    """Hold it by an open file on Windows, elsewhere by renames that fail so long."""
+    save, rename, until = training.save, os.replace, [0.0]
+
+    def refuse(source, target) -> None:
+        if Path(target).name == name and time.monotonic() < until[0]:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(target))
+        rename(source, target)
+
+    def hold_and_save(*args) -> None:
+        until[0] = time.monotonic() + seconds
+        if os.name == "nt" and (tmp_path / name).exists():
+            file = open(tmp_path / name, "rb")  # noqa: SIM115
+            threading.Timer(seconds, file.close).start()
+        save(*args)
+
+    if os.name != "nt":
+        monkeypatch.setattr(os, "replace", refuse)
+    monkeypatch.setattr(training, "save", hold_and_save)
+    result = run_here("training.py", *TINY, "-max_iters=12", "-eval_interval=4")
+    lost = seconds > 3 and name != "model-01.metrics.csv"
+    assert result.returncode == int(lost), result.stderr
+    assert ("does another program have it open" in result.stderr) == (seconds > 3)
+    if not lost:
+        load_model(tmp_path / "model-01.pkl")
+        state = read_model_file((tmp_path / "model-01.state.pkl").read_bytes())
+        assert state["training"]["record"]["step"] == 12
