@@ -230,7 +230,7 @@ def look_inside(model: GPTLanguageModel, vocabulary: Vocabulary, ids: list[int])
     """
     T = len(ids)
     index = torch.tensor([ids], device=model.lm_head.weight.device)
-    x = model.token_embedding_table(index) + model.position_embedding_table.weight[:T]  # (1, T, C)
+    x = model.embed(index, start=0)  # (1, T, C)
     # If every value is 1 at a place of its own, the weighted means of the values are the weights.
     one_each = torch.eye(T, device=x.device)
     states, maps, guesses = [x], [], []
