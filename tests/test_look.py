@@ -135,9 +135,13 @@ def test_a_person_sees_text_guesses_and_boxes(look, tmp_path, prompt, characters
     address = tmp_path / "seen.html"
     address.write_text(f"{page}<script>{script}</script><script>{SEEN}</script>", "utf-8")
     command = [BROWSERS[0], *OPTIONS, f"--user-data-dir={tmp_path}", address.as_uri() + place]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=60)
-    assert "CONSOLE" not in done.stderr, done.stderr
-    seen = json.loads(html.unescape(re.search("<body>(.*)</body>", done.stdout)[1]))
+    # To files: at a time-out, pipes would be waited for until all of Chromium's processes end.
+    shown, errors = tmp_path / "shown.html", tmp_path / "errors"
+    with open(shown, "wb") as stdout, open(errors, "wb") as stderr:
+        subprocess.run(command, stdout=stdout, stderr=stderr, timeout=60)
+    assert "CONSOLE" not in errors.read_text("utf-8"), errors.read_text("utf-8")
+    body = re.search("<body>(.*)</body>", shown.read_text("utf-8"))[1]
+    seen = json.loads(html.unescape(body))
     text, *boxes = seen["texts"]
     length, start = len(data["text"]), data["start"]
     assert seen["read"].startswith(f"“{named(data['text'][5])}” is character 6 of {length}, ")
