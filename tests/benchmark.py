@@ -58,7 +58,7 @@ SHAPES = {
 }
 TARGET = 1.898  # nanoGPT's loss on tiny Shakespeare, small shape, after its 2000 steps
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-FAST = training.default_dtype(DEVICE)
+FAST = getattr(torch, training.default_dtype(DEVICE))
 nanogpt: ModuleType | None = None  # its model.py
 
 
@@ -140,7 +140,7 @@ class Stopwatch:
         return (self.ended - self.started) / self.steps
 
 
-def begin(shape: str, dtype: torch.dtype, optimizer: str, folder: Path) -> training.Run:
+def begin(shape: str, dtype: torch.dtype, optimizer: str, folder: Path) -> argparse.Namespace:
     """Return a run of this shape that is never evaluated or saved."""
     flags = [
         *SHAPES[shape],
@@ -152,7 +152,7 @@ def begin(shape: str, dtype: torch.dtype, optimizer: str, folder: Path) -> train
     return new_run(settings_with(flags))
 
 
-def time_our_steps(run: training.Run, steps: int) -> float:
+def time_our_steps(run: argparse.Namespace, steps: int) -> float:
     """Return the seconds per step of the training loop."""
     stopwatch = Stopwatch(steps)
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
