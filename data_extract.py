@@ -186,7 +186,7 @@ def list_archives(archive: Archive, passed_over: Counter[str]) -> list[Archive]:
 
 
 def take_sample(archives: list[Archive], rate: float, seed: int) -> list[Archive]:
-    """Return a reproducible share of the archives, in order; a higher rate takes more to them."""
+    """Return a reproducible share of the archives. A higher rate adds to what a lower one takes."""
     order = random.Random(seed).sample(range(len(archives)), len(archives))
     count = max(1, round(rate * len(archives)))
     return [archives[i] for i in sorted(order[:count])]
@@ -199,7 +199,8 @@ def read_archive(archive: Archive, counts: Counter[str]) -> Iterator[str]:
     """Yield an archive's text in bounded pieces, and count what it holds. Raises Damaged."""
     with name_file_in_errors(archive.path), open(archive.path, "rb") as file:
         file.seek(archive.start)
-        yield from read_content(archive.name, file, archive.size, counts, archive.level, True)
+        name, size, level = archive.name, archive.size, archive.level
+        yield from read_content(name, file, size, counts, level, is_archive=True)
 
 
 def read_content(

@@ -847,7 +847,7 @@ def settle(parser: Parser, given: dict) -> tuple[Namespace, tuple]:
         start = (model, vocabulary, None)
         settled = {name: model.config[name] for name in SHAPE}
         refuse_contradictions(parser, given, settled, args.init_from)
-    if args.resume and not state_path.exists():
+    if args.resume and start[-1] is None:
         show(f"{state_path}: there is no run to go on with, so a new one starts", sys.stderr)
     settings = Namespace(**{**parser.defaults, **settled, **given})
     work_out_defaults(settings)
