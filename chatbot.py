@@ -8,7 +8,6 @@ Only the model file is needed, which holds weights, shape and vocabulary. The mo
 assistant; it continues text in the manner of the text that it was trained on.
 """
 
-import codecs
 import contextlib
 import errno
 import io
@@ -17,6 +16,7 @@ import math
 import os
 import sys
 from argparse import Namespace
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -60,15 +60,14 @@ def ask() -> str:
     prompt = input("Prompt: " if sys.stdin.isatty() else "")
     # Windows may put a byte-order mark before what is piped, also where it is read as cp1252,
     # and \r behind each line.
-    mark = codecs.BOM_UTF8.decode(sys.stdin.encoding or "utf-8", "replace")
+    mark = BOM_UTF8.decode(sys.stdin.encoding or "utf-8", "replace")
     return text(prompt.removeprefix(mark).removesuffix("\r"))
 
 
 def read_prompt(path: Path) -> str:
     """Return the text in a file: UTF-8, or UTF-16 with a byte-order mark. Raises OSError."""
     content = path.read_bytes()
-    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    encoding = "utf-16" if is_utf16 else "utf-8-sig"
+    encoding = "utf-16" if content[:2] in (BOM_UTF16_LE, BOM_UTF16_BE) else "utf-8-sig"
     return io.TextIOWrapper(io.BytesIO(content), encoding, errors="replace").read()
 
 
@@ -106,7 +105,7 @@ def until(stop: str, characters: Iterable[str]) -> Iterator[str]:
     yield held
 
 
-def read_together(columns: Iterable[str], stop: str | None, count: int) -> list[str]:
+def read_together(columns: Iterable[str], stop: str, count: int) -> list[str]:
     """Return the texts of completions that are made together, each up to its own `stop`.
 
     Each column has the next character of every completion.
@@ -116,9 +115,7 @@ def read_together(columns: Iterable[str], stop: str | None, count: int) -> list[
         texts = [text + character for text, character in zip(texts, column)]
         if stop and all(stop in text for text in texts):
             break
-    if stop:
-        texts = [text.partition(stop)[0] for text in texts]
-    return texts
+    return ["".join(until(stop, text)) for text in texts]
 
 
 @torch.inference_mode()
@@ -160,8 +157,7 @@ def show_surprises(completion: str, bits: list[float], prompt_length: int) -> No
     else:
         show(completion)
     parts = {"prompt": bits[: prompt_length - 1], "completion": bits[prompt_length - 1 :]}
-    parts = {name: part for name, part in parts.items() if part}
-    means = [f"{sum(part) / len(part):.2f} in the {name}" for name, part in parts.items()]
+    means = [f"{sum(part) / len(part):.2f} in the {name}" for name, part in parts.items() if part]
     if means:
         show(f"bits per character: {', '.join(means)}")
 
@@ -179,7 +175,7 @@ def answer(prompt: str, model: GPTLanguageModel, vocabulary: Vocabulary, args: N
     if args.batch_size > 1:
         endings = read_together(columns, args.stop, args.batch_size)
     else:
-        endings = [until(args.stop or "", columns)]
+        endings = [until(args.stop, columns)]
     for number, ending in enumerate(endings, 1):
         show(f"Completion {number}:" if args.batch_size > 1 else "Completion:")
         completion = vocabulary.decode(ids)
@@ -279,28 +275,34 @@ def parse_args() -> tuple[Namespace, GPTLanguageModel, Vocabulary]:
         ("prompt", text, None, r"answer this prompt and exit; \n in it means a line end"),
         ("prompt_file", Path, None, "answer the text in this file and exit"),
         ("max_new_tokens", positive, 150, "characters to add to a prompt"),
-        ("stop", text, None, r"end a completion before this text; \n in it means a line end"),
+        ("stop", text, "", r"end a completion before this text; \n in it means a line end"),
         ("temperature", bounded(float, 0), 0.8,
             "0: always the likeliest; 1: as learnt; more: wilder"),
         ("top_k", positive, None, "sample only from the k likeliest characters (default: all)"),
         ("seed", any_seed, None, "makes answers repeatable (default: they differ)"),
         ("batch_size", positive, 1, "completions per prompt, made together"),
-        ("show", bool, None,
+        ("show", {"action": "store_true"}, None,
             "colours by probability: green from 1/2, blue 1/8, orange 1/32, red below"),
         ("look", Path, None, "write a page that shows the inside of the model, as page.html"),
         ("device", device, fastest, "cpu, cuda, cuda:1, ..."),
     ]
     # fmt: on
     parser = Parser("Talk to a model that training.py has made.", flags)
-    args = parser.parse_args()
-    if args.look and args.batch_size > 1:
-        parser.error("argument -look: shows one completion only; leave out -batch_size")
-    if args.look and args.look.suffix == ".pkl":  # would be lost
-        parser.error(f"argument -look: {args.look} is no name for a page; try page.html")
+    args, _ = parser.parse()
+    parser.error_if(
+        args.look and args.batch_size > 1,
+        "argument -look: shows one completion only; leave out -batch_size",
+    )
+    parser.error_if(
+        args.look and args.look.suffix == ".pkl",  # which would be lost
+        f"argument -look: {args.look} is no name for a page; try page.html",
+    )
     given = Vocabulary.from_file(args.vocab) if args.vocab else None
     model, vocabulary = load_model(args.model, args.device, given)
-    if args.top_k and args.top_k > len(vocabulary):
-        parser.error(f"argument -top_k: the model knows only {len(vocabulary)} characters")
+    parser.error_if(
+        args.top_k and args.top_k > len(vocabulary),
+        f"argument -top_k: the model knows only {len(vocabulary)} characters",
+    )
     seed = torch.seed() if args.seed is None else args.seed
     args.generator = torch.Generator(args.device).manual_seed(seed)
     return args, model, vocabulary
@@ -319,14 +321,14 @@ def main() -> int:
         return 0
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # a reader such as `head` has seen enough
-        return 0
     except Exception as error:
         message = explain(error)
         if message is None:
             raise
-        if getattr(error, "errno", None) == errno.EINVAL and error.filename == "standard output":
-            return 0  # so Windows calls it when a reader such as `more` has seen enough
+        # A reader such as `head` has seen enough. Windows calls it an invalid argument.
+        is_end = getattr(error, "errno", None) in (errno.EPIPE, errno.EINVAL)
+        if is_end and error.filename == "standard output":
+            return 0
         if isinstance(error, FileNotFoundError) and str(error.filename).endswith(".pkl"):
             message += "; train a model with training.py, or name yours with -model"
         show(f"chatbot.py: {message}".replace("\n", r"\n"), sys.stderr)

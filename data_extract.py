@@ -28,9 +28,9 @@ import time
 import unicodedata
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, wait
-from contextlib import ExitStack, contextmanager, suppress
-from itertools import chain
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, wait
+from contextlib import contextmanager, suppress
+from itertools import chain, islice
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TextIO
 
@@ -43,7 +43,6 @@ NEVER_CORPUS = {*OUTPUT_NAMES, "train_split.txt", "val_split.txt", "requirements
 ELSEWHERE = 'see README, "Other kinds of data"'
 TRAIN_SHARE = 0.9
 FEW = 10  # fewer archives are too coarse to share out: their text is cut
-READ_SIZE = 64 << 10  # bytes unpacked at once, few enough to stay in a core's cache
 CHUNK = 2 << 20  # bytes of text handled at once
 BLOCK = 512  # bytes, of which a tar is made
 PACKED = (".xz", ".tar")
@@ -59,7 +58,6 @@ PAX_RECORD = re.compile(rb"(\d{1,9}) ([^=\n]+)=")  # what a record begins with: 
 COMMON = b"\n\t" + bytes(range(32, 127))  # most of most texts
 # What the system says of a lock that another process holds. Wine, a Windows on Linux, says 0.
 HELD = {errno.EACCES, 0} if os.name == "nt" else {errno.EWOULDBLOCK}
-NO_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}  # and of a disk that can't do that
 # Invalid sequences become NULs, to be counted together with those.
 codecs.register_error("NUL", lambda error: ("\0", error.end))
 
@@ -89,8 +87,8 @@ def name_file_in_errors(path: Path | str) -> Iterator[None]:
 
 def show(line: str, stream: TextIO) -> None:
     """Print a line, with control characters as `ascii` writes them: a terminal obeys them."""
-    line = re.sub(r"[\x00-\x08\n-\x1f\x7f-\x9f]", lambda found: ascii(found[0])[1:-1], line)
-    print(line, file=stream, flush=True)
+    control = r"[\x00-\x08\n-\x1f\x7f-\x9f]"
+    print(re.sub(control, lambda found: ascii(found[0])[1:-1], line), file=stream, flush=True)
 
 
 # Finding archives ---------------------------------------------------------------------------------
@@ -124,8 +122,8 @@ def find_archives(data_dir: Path) -> tuple[list[Archive], Counter[str]]:
             elif path.is_dir():
                 folders.append(path)
             else:
-                name = path.relative_to(data_dir).as_posix()
-                archives += list_archives(Archive(name, path, 0, path.stat().st_size), passed_over)
+                name, size = path.relative_to(data_dir).as_posix(), path.stat().st_size
+                archives += list_archives(Archive(name, path, 0, size), passed_over)
     if not archives:
         counts = [f"; {reason}: {count:,}" for reason, count in passed_over.items()]
         raise DataError(
@@ -169,11 +167,8 @@ def list_archives(archive: Archive, passed_over: Counter[str]) -> list[Archive]:
     with name_file_in_errors(archive.path), open(archive.path, "rb") as file:
         file.seek(archive.start)
         try:
-            for name, start, size in tar_members(file, archive.size):
-                reason = reason_in_name(name)
-                if reason:
-                    passed_over[reason] += 1
-                elif name.lower().endswith(PACKED):
+            for name, start, size in tar_members(file, archive.size, passed_over):
+                if name.lower().endswith(PACKED):
                     member = Archive(
                         f"{archive.name}/{name}", archive.path, start, size, archive.level + 1
                     )
@@ -188,8 +183,8 @@ def list_archives(archive: Archive, passed_over: Counter[str]) -> list[Archive]:
 def take_sample(archives: list[Archive], rate: float, seed: int) -> list[Archive]:
     """Return a reproducible share of the archives. A higher rate adds to what a lower one takes."""
     order = random.Random(seed).sample(range(len(archives)), len(archives))
-    count = max(1, round(rate * len(archives)))
-    return [archives[i] for i in sorted(order[:count])]
+    taken = order[: max(1, round(rate * len(archives)))]
+    return [archives[i] for i in sorted(taken)]
 
 
 # Reading one archive ------------------------------------------------------------------------------
@@ -199,30 +194,26 @@ def read_archive(archive: Archive, counts: Counter[str]) -> Iterator[str]:
     """Yield an archive's text in bounded pieces, and count what it holds. Raises Damaged."""
     with name_file_in_errors(archive.path), open(archive.path, "rb") as file:
         file.seek(archive.start)
-        name, size, level = archive.name, archive.size, archive.level
-        yield from read_content(name, file, size, counts, level, is_archive=True)
+        yield from read_content(
+            archive.name, file, archive.size, counts, archive.level, is_archive=True
+        )
 
 
 def read_content(
     name: str, stream: BinaryIO, size: int, counts: Counter[str], level: int, is_archive: bool
 ) -> Iterator[str]:
-    """Yield the text of the next `size` bytes of a stream, opened by their name and what they are.
+    """Return the text of the next `size` bytes of a stream, opened by their name and what they are.
 
     They are an archive of their own, or else a member of a tar, `level` archives deep. Raises
     NotText and Damaged.
     """
-    ending = name.lower()[-4:]
-    if ending.endswith(".xz"):
-        yield from read_xz(stream, size, counts, level, is_archive)
-        return
+    if name.lower().endswith(".xz"):
+        return read_xz(stream, size, counts, level, is_archive)
+    is_tar = name.lower().endswith(".tar")
     head = stream.read(min(BLOCK, size))
-    if ending == ".tar" or is_tar_header(head):
-        is_listed = is_archive and ending == ".tar"
-        yield from read_tar(stream, head, size, counts, level, is_listed)
-    elif is_archive:
-        yield from read_text(read_blocks(stream, head, size), counts)
-    else:
-        yield from read_document(read_blocks(stream, head, size), counts)
+    if is_tar or is_tar_header(head):
+        return read_tar(stream, head, size, counts, level, is_listed=is_archive and is_tar)
+    return read_text(read_blocks(stream, head, size), counts, is_archive)
 
 
 class Window:
@@ -251,7 +242,7 @@ def read_xz(
     """
     window = Window(packed, size)
     unpacked = lzma.LZMAFile(window, format=lzma.FORMAT_XZ)  # noqa: SIM115
-    stream = io.BufferedReader(unpacked, READ_SIZE)
+    stream = io.BufferedReader(unpacked, 64 << 10)  # bytes, few enough for a core's cache
     try:
         head = stream.read(BLOCK)
         if is_tar_header(head):
@@ -275,12 +266,9 @@ def read_tar(
     """
     if level > DEEPEST:
         raise Damaged(f"it holds archives in archives, more than {DEEPEST} levels deep")
-    for name, _, length in tar_members(stream, size, head):
-        reason = reason_in_name(name)
-        if is_listed and (reason or name.lower().endswith(PACKED)):
-            continue
-        if reason:
-            counts[reason] += 1
+    passed_over = Counter() if is_listed else counts
+    for name, _, length in tar_members(stream, size, passed_over, head):
+        if is_listed and name.lower().endswith(PACKED):
             continue
         try:
             yield from read_content(name, stream, length, counts, level + 1, is_archive=False)
@@ -288,25 +276,15 @@ def read_tar(
             counts["passed over (not text)"] += 1
 
 
-def read_text(blocks: Iterator[bytes], counts: Counter[str]) -> Iterator[str]:
-    """Yield a plain text in pieces; it ends with a newline. Raises NotText."""
-    last = "\n"
-    for text in text_pieces(blocks, counts, judge_at_end=True):
-        yield text
-        last = text or last
-    counts["documents"] += 1
-    if not last.endswith("\n"):
-        yield "\n"
+def read_text(blocks: Iterator[bytes], counts: Counter[str], is_archive: bool) -> Iterator[str]:
+    """Yield a text in pieces; nothing if it holds line ends only. Raises NotText.
 
-
-def read_document(blocks: Iterator[bytes], counts: Counter[str]) -> Iterator[str]:
-    """Yield a document without trailing line ends, then a blank line; nothing if it is empty.
-
-    Raises NotText.
+    An archive's own text ends with a line end. A document of a tar ends with a blank line, instead
+    of all the line ends that it has there.
     """
     is_empty = True
-    ends = ""  # line ends that only the next piece shows to be trailing or not
-    for piece in text_pieces(blocks, counts, judge_at_end=False):
+    ends = ""  # line ends that only the next piece shows to be the last ones or not
+    for piece in text_pieces(blocks, counts, judge_at_end=is_archive):
         piece = ends + piece
         text = piece.rstrip("\n")
         ends = piece[len(text) :][:CHUNK]  # so that a file of nothing else can't fill the memory
@@ -315,7 +293,7 @@ def read_document(blocks: Iterator[bytes], counts: Counter[str]) -> Iterator[str
             yield text
     if not is_empty:
         counts["documents"] += 1
-        yield "\n\n"
+        yield (ends or "\n") if is_archive else "\n\n"
 
 
 def text_pieces(blocks: Iterator[bytes], counts: Counter, judge_at_end: bool) -> Iterator[str]:
@@ -360,13 +338,16 @@ def read_blocks(stream: BinaryIO, head: bytes = b"", size: int = ENDLESS) -> Ite
 # The format of a tar ------------------------------------------------------------------------------
 
 
-def tar_members(stream: BinaryIO, size: int, header: bytes = b"") -> Iterator[tuple[str, int, int]]:
+def tar_members(
+    stream: BinaryIO, size: int, passed_over: Counter[str], header: bytes = b""
+) -> Iterator[tuple[str, int, int]]:
     """Yield name, place and size of each file in the tar that is the next `size` bytes of a stream.
 
-    The stream stands at that place then, and the caller may read on from there, or not. The first
-    header may have been read. Goes on behind an end mark, since tars may be joined by `cat`. Reads
-    only the fields that matter here, which takes 1 s per GB of OpenWebText where `tarfile` takes
-    5 s (unpacking takes 8 s). Raises Damaged.
+    Those whose names are no part of the corpus are passed over and counted. The stream stands at
+    the place of a file then, and the caller may read on from there, or not. The first header may
+    have been read. Goes on behind an end mark, since tars may be joined by `cat`. Reads only the
+    fields that matter here, which takes 1 s per GB of OpenWebText where `tarfile` takes 5 s
+    (unpacking takes 8 s). Raises Damaged.
     """
     place = stream.tell() - len(header)
     end = place + size
@@ -382,12 +363,13 @@ def tar_members(stream: BinaryIO, size: int, header: bytes = b"") -> Iterator[tu
                 extended[b"path"] = stream.read(min(size, CHUNK))
             elif kind == b"x":  # and that of pax, also for a huge size
                 extended |= parse_pax(stream.read(min(size, CHUNK)))
-            elif kind == b"S" or b"GNU.sparse" in b" ".join(extended):
-                # Its content is a map and pieces.
-                raise Damaged(f"it holds a sparse file, {name!r} (unpack it with tar -xf)")
             else:
                 extended = {}
-                if kind in (b"0", b"\0", b"7") and not name.endswith("/"):
+                is_file = kind in (b"0", b"\0", b"7") and not name.endswith("/")
+                reason = reason_in_name(name)
+                if is_file and reason:
+                    passed_over[reason] += 1
+                elif is_file:
                     yield name, place, size
             place = min(end, place + size + -size % BLOCK)
             stream.seek(place)
@@ -504,8 +486,9 @@ def extract(
     train_path, val_path, vocab_path = (folder / name for name in OUTPUT_NAMES)
     is_cut = len(archives) < FEW
     first_val = len(archives) if is_cut else int(TRAIN_SHARE * len(archives))
-    total = sum(archive.size for archive in archives)
-    with tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
+    with tqdm(
+        total=sum(archive.size for archive in archives), unit="B", unit_scale=True, disable=None
+    ) as bar:
         for index, (counts, found, damage) in enumerate(extract_all(archives, folder)):
             name, part = archives[index].name, folder / str(index)
             path, text = (train_path, train) if index < first_val else (val_path, val)
@@ -520,8 +503,8 @@ def extract(
             text.update(counts)
             seen.update(found)
             if counts["invalid"] > DOUBTFUL * counts["characters"]:
-                share = 100 * counts["invalid"] / counts["characters"]
-                notes.append(f"{name}: {SHARE.format(share)}")
+                share = SHARE.format(100 * counts["invalid"] / counts["characters"])
+                notes.append(f"{name}: {share}")
             bar.set_postfix_str(f"{index + 1:,} of {len(archives):,} files", refresh=False)
             bar.update(archives[index].size)
     if is_cut and train["characters"]:
@@ -531,11 +514,11 @@ def extract(
     counts = passed_over + train + val
     notes += [f"{what}: {n:,}" for what, n in counts.items() if what.startswith("passed over")]
     if not train["characters"] or not val["characters"]:
-        reason = "too little text: training and validation both need some; add more"
-        raise DataError("; ".join([reason, *notes]))
-    rare = {c for c, count in seen.items() if count < min_count and not c.isascii()}
-    kept = seen.keys() - rare
-    if rare:
+        raise DataError(
+            "; ".join(["too little text: training and validation both need some; add more", *notes])
+        )
+    kept = {c for c, count in seen.items() if count >= min_count or c.isascii()}
+    if len(kept) < len(seen):
         kept.add(REPLACEMENT)  # as which training reads the rare ones
     with (
         name_file_in_errors(vocab_path),
@@ -545,8 +528,9 @@ def extract(
     lines = [f"{'':10} {'documents':>12} {'characters':>16} {'megabytes':>12}"]
     for name, text, path in (("training", train, train_path), ("validation", val, val_path)):
         documents = f"of {counts['documents']:,}" if is_cut else f"{text['documents']:,}"
-        size = path.stat().st_size / 1e6
-        lines.append(f"{name:10} {documents:>12} {text['characters']:16,} {size:12,.2f}")
+        lines.append(
+            f"{name:10} {documents:>12} {text['characters']:16,} {path.stat().st_size / 1e6:12,.2f}"
+        )
     lines.append(
         f"vocabulary: {len(kept):,} characters; "
         f"invalid sequences replaced by U+FFFD: {counts['invalid']:,}"
@@ -556,20 +540,24 @@ def extract(
 
 def extract_all(archives: list[Archive], parts: Path) -> Iterator[tuple[Counter, Counter, str]]:
     """Yield what came out of each archive, in order. Worker processes write texts to `parts`."""
-    cores = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))  # a container may see 64 cores and have two
+    # A container may see 64 cores and have two.
+    is_known = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if is_known else os.cpu_count() or 1
     workers = min(cores, 16, len(archives))
     spawn = multiprocessing.get_context("spawn")  # the same on every system, safe beside threads
     with ProcessPoolExecutor(workers, spawn, start_worker) as pool:
         try:
-            waiting = deque()
-            for index, archive in enumerate(archives):
-                waiting.append(pool.submit(extract_archive, archive, parts / str(index)))
-                if len(waiting) == AHEAD * workers:
-                    yield result_of(waiting.popleft())
+            futures = (
+                pool.submit(extract_archive, archive, parts / str(index))
+                for index, archive in enumerate(archives)
+            )
+            waiting = deque(islice(futures, AHEAD * workers))
             while waiting:
-                yield result_of(waiting.popleft())
+                # In steps: on Windows, Ctrl-C ends no wait but only comes after it.
+                while not waiting[0].done():
+                    wait([waiting[0]], timeout=0.2)
+                yield waiting.popleft().result()
+                waiting.extend(islice(futures, 1))
         except (BrokenExecutor, MemoryError):
             raise DataError(
                 "a worker process was killed, perhaps for want of memory; run again"
@@ -578,13 +566,6 @@ def extract_all(archives: list[Archive], parts: Path) -> Iterator[tuple[Counter,
             # On an error or Ctrl-C, don't wait for their archives.
             for process in multiprocessing.active_children():
                 process.kill()
-
-
-def result_of(future: Future) -> tuple:
-    """Wait for a result, in steps: on Windows, Ctrl-C ends no wait but only comes after it."""
-    while not future.done():
-        wait([future], timeout=0.2)
-    return future.result()
 
 
 def move_end(source: Path, target: Path, keep: int) -> None:
@@ -612,7 +593,11 @@ def locked(path: Path) -> Iterator[None]:
     with open(path, "ab") as file:
         # A file without a name was that of a process which has ended since this one opened it.
         if not lock(file) or os.fstat(file.fileno()).st_nlink == 0:
-            raise BlockingIOError(errno.EWOULDBLOCK, "another process has locked it", str(path))
+            raise BlockingIOError(
+                errno.EWOULDBLOCK,
+                "another run is at work on it; wait for its end",
+                str(path.parent),
+            )
         try:
             yield
         finally:
@@ -644,27 +629,29 @@ def write_outputs(args: argparse.Namespace, archives: list[Archive], passed_over
     Returns a summary.
     """
     temporary = args.output_dir / "data_extract.tmp"
-    clean_up(temporary, args.output_dir)  # after a run that was killed
+    shutil.rmtree(temporary, ignore_errors=True)  # what a run that was killed has left
     try:
         temporary.mkdir()
         summary = extract(archives, passed_over, temporary, args.skip_corrupt, args.min_count)
         move_outputs(temporary, args.output_dir)
     finally:
-        clean_up(temporary, args.output_dir)
+        shutil.rmtree(temporary, ignore_errors=True)
     return summary
 
 
 def move_outputs(temporary: Path, folder: Path) -> None:
-    """Move the outputs from `temporary` to `folder`, and former ones the other way.
+    """Move the outputs from `temporary` to `folder`. If one can't be moved, put former ones back.
 
-    `vocab.txt` goes first and comes last: training refuses what a kill leaves in between. If one
-    can't be moved, this raises OSError and leaves it to `clean_up` to undo what was done.
+    `vocab.txt` goes first and comes last: training refuses what a kill leaves in between. Raises
+    OSError.
     """
-    former = temporary / "former"
     for name in OUTPUT_NAMES:
-        flush_to_disk(temporary / name)
+        # Or a power cut could leave an empty file under its name. Some disks know no fsync.
+        with suppress(OSError), open(temporary / name, "r+b") as file:
+            os.fsync(file.fileno())
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # what follows takes moments, and is all or nothing
+    former = temporary / "former"
     former.mkdir()
     try:
         for name in reversed(OUTPUT_NAMES):
@@ -673,30 +660,12 @@ def move_outputs(temporary: Path, folder: Path) -> None:
         for name in OUTPUT_NAMES:
             replace(temporary / name, folder / name)
     except OSError as error:
+        for moved in OUTPUT_NAMES:
+            if not (temporary / moved).exists():
+                os.rename(folder / moved, temporary / moved)
+            if (former / moved).exists():
+                os.rename(former / moved, folder / moved)
         raise OSError(error.errno, error.strerror, str(folder / name)) from error
-
-
-def clean_up(temporary: Path, folder: Path) -> None:
-    """Remove `temporary`, and put former outputs back if only some of the new ones were moved."""
-    former = temporary / "former"
-    if former.exists() and (temporary / "vocab.txt").exists():  # which is the last to be moved
-        for name in OUTPUT_NAMES:
-            if (folder / name).exists() and not (temporary / name).exists():
-                os.rename(folder / name, temporary / name)
-            if (former / name).exists():
-                os.rename(former / name, folder / name)
-        former.rmdir()
-    shutil.rmtree(temporary, ignore_errors=True)
-
-
-def flush_to_disk(path: Path) -> None:
-    """Wait until a file is on the disk, or a power cut could leave an empty one under its name."""
-    with name_file_in_errors(path), open(path, "r+b") as file:
-        try:
-            os.fsync(file.fileno())
-        except OSError as error:
-            if error.errno not in NO_FSYNC:
-                raise
 
 
 def replace(source: Path, target: Path) -> None:
@@ -726,16 +695,23 @@ def write_sample(folder: Path) -> None:
 
     # No version of Python has every printable character in its topics. With this text, all have the
     # same vocabulary.
-    groups = [string.digits, string.ascii_lowercase, string.ascii_uppercase, string.punctuation]
-    intro = "The printable characters of ASCII are the space and these:\n\n   "
-    texts = [intro + "\n   ".join(groups), *(topics[name] for name in sorted(topics))]
+    intro = "\n   ".join(
+        [
+            "The printable characters of ASCII are the space and these:\n",
+            string.digits,
+            string.ascii_lowercase,
+            string.ascii_uppercase,
+            string.punctuation,
+        ]
+    )
+    texts = [intro, *(topics[name] for name in sorted(topics))]
     text = "".join(f"{text.rstrip()}\n\n" for text in texts)
     marks = "\u2018\u2019\u201c\u201d\u2010\u2011\u2012\u2013\u2014\u2212"
     text = text.translate(str.maketrans(marks, "''\"\"------"))
     text = unicodedata.normalize("NFKD", text)  # accents apart, an ellipsis as three dots
+    text = re.sub(r"[^\n -~]", "", text)
     with name_file_in_errors(folder):
-        path = folder / "python_reference.txt"
-        path.write_text(re.sub(r"[^\n -~]", "", text), encoding="ascii", newline="\n")
+        (folder / "python_reference.txt").write_text(text, encoding="ascii", newline="\n")
 
 
 # The command --------------------------------------------------------------------------------------
@@ -748,38 +724,25 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
         allow_abbrev=False,
         formatter_class=argparse.MetavarTypeHelpFormatter,  # "-seed int"
     )
-    flag = parser.add_argument
-    flag("-help", action="help", help=argparse.SUPPRESS)  # else it would be -h with a value, "elp"
-    flag(
-        "-data_dir",
-        type=Path,
-        help=f"archives or texts (default: {DEFAULT_DATA_DIR} if it is there, else a sample)",
+    # Without this, -help would be -h with the value "elp".
+    parser.add_argument("-help", action="help", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "-skip_corrupt", action="store_true", help="leave damaged archives out, don't stop"
     )
-    flag(
-        "-output_dir",
-        type=Path,
-        default=Path("."),
-        help="where to write the three files (default: %(default)s)",
-    )
-    flag("-skip_corrupt", action="store_true", help="leave damaged archives out, don't stop")
-    flag(
-        "-sample_rate",
-        type=float,
-        default=1.0,
-        help="share of the archives to use, up to 1 (default: %(default)s)",
-    )
-    flag(
-        "-min_count",
-        type=int,
-        default=1,
-        help="leave rarer characters out of vocab.txt (default: %(default)s)",
-    )
-    flag(
-        "-seed",
-        type=int,
-        default=1337,
-        help="decides which archives -sample_rate takes (default: %(default)s)",
-    )
+    # fmt: off
+    flags = [
+        ("data_dir", Path, None,
+            f"archives or texts (default: {DEFAULT_DATA_DIR} if it is there, else a sample)"),
+        ("output_dir", Path, Path("."), "where to write the three files (default: %(default)s)"),
+        ("sample_rate", float, 1.0,
+            "share of the archives to use, up to 1 (default: %(default)s)"),
+        ("min_count", int, 1, "leave rarer characters out of vocab.txt (default: %(default)s)"),
+        ("seed", int, 1337,
+            "decides which archives -sample_rate takes (default: %(default)s)"),
+    ]
+    # fmt: on
+    for name, kind, default, help in flags:
+        parser.add_argument(f"-{name}", type=kind, default=default, help=help)
     args = parser.parse_args(
         [re.sub(r"^--(?=\w+(=|$))", "-", argument) for argument in arguments]  # --seed is -seed
     )
@@ -791,27 +754,24 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    with tempfile.TemporaryDirectory() as sample, ExitStack() as stack:
+    with tempfile.TemporaryDirectory() as sample:
         data_dir = args.data_dir or Path(DEFAULT_DATA_DIR)
         if not args.data_dir and not data_dir.is_dir():
-            notice = "using the built-in sample, the Python reference"
-            show(f"no {DEFAULT_DATA_DIR} folder here: {notice}", sys.stderr)
+            show(
+                f"no {DEFAULT_DATA_DIR} folder here: "
+                "using the built-in sample, the Python reference",
+                sys.stderr,
+            )
             data_dir = Path(sample)
             write_sample(data_dir)
         found, passed_over = find_archives(data_dir)
         archives = take_sample(found, args.sample_rate, args.seed)
-        output_dir = os.path.abspath(args.output_dir)
         args.output_dir.mkdir(parents=True, exist_ok=True)
-        try:
-            stack.enter_context(locked(args.output_dir / "data_extract.lock.tmp"))
-        except BlockingIOError:
-            raise DataError(
-                f"{args.output_dir}: another extraction is at work there; wait for its end"
-            ) from None
-        summary = write_outputs(args, archives, passed_over)
+        with locked(args.output_dir / "data_extract.lock.tmp"):
+            summary = write_outputs(args, archives, passed_over)
     if args.sample_rate < 1:
         summary.append(f"sample: {len(archives):,} of {len(found):,} archives")
-    summary.append(f"wrote {', '.join(OUTPUT_NAMES)} in {output_dir}")
+    summary.append(f"wrote {', '.join(OUTPUT_NAMES)} in {os.path.abspath(args.output_dir)}")
     with name_file_in_errors("standard output"):
         for line in summary:
             show(line, sys.stdout)
@@ -819,13 +779,13 @@ def run(args: argparse.Namespace) -> None:
 
 def main() -> int:
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # as under pythonw
+        stream = getattr(sys, name)
+        if stream is None:  # as under pythonw
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-    args = parse_args(sys.argv[1:])
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # those of IDLE and Jupyter lack it
+        elif hasattr(stream, "reconfigure"):  # those of IDLE and Jupyter lack it
             # Names of archives may be of any encoding.
             stream.reconfigure(errors="backslashreplace")
+    args = parse_args(sys.argv[1:])
     # So that temporary files are removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     status = 1

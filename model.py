@@ -112,8 +112,13 @@ class MultiHeadAttention(nn.Module):
 
     def joined_weight(self) -> Tensor:
         """Return the weights of all queries, then keys, then values, on one another: (3·H·D, C)."""
-        names = ("query", "key", "value")
-        return torch.cat([getattr(head, name).weight for name in names for head in self.heads])
+        return torch.cat(
+            [
+                getattr(head, name).weight
+                for name in ("query", "key", "value")
+                for head in self.heads
+            ]
+        )
 
 
 class FeedForward(nn.Module):
@@ -158,8 +163,8 @@ class Block(nn.Module):
 class GPTLanguageModel(nn.Module):
     """A decoder-only Transformer: at each time step, a score for each character to come next.
 
-    `config` holds the constructor's arguments. Raises ValueError for sizes below 1 and for an
-    n_embd that can't be shared equally among n_head heads.
+    `config` holds the constructor's arguments. Raises ValueError for sizes below 1, for an n_embd
+    that can't be shared equally among n_head heads, and unless 0 <= dropout < 1.
     """
 
     def __init__(
@@ -180,8 +185,12 @@ class GPTLanguageModel(nn.Module):
             "block_size": block_size,
             "dropout": dropout,
         }
-        if min(vocab_size, n_embd, n_head, n_layer, block_size) < 1 or n_embd % n_head:
-            raise ValueError(f"sizes must be 1 or more, n_embd a multiple of n_head: {self.config}")
+        sizes = (vocab_size, n_embd, n_head, n_layer, block_size)
+        if min(sizes) < 1 or n_embd % n_head or not 0 <= dropout < 1:
+            raise ValueError(
+                "sizes must be 1 or more, n_embd a multiple of n_head, dropout at least 0 and "
+                f"below 1: {self.config}"
+            )
         self.block_size = block_size
         self.token_embedding_table = nn.Embedding(vocab_size, n_embd)
         self.position_embedding_table = nn.Embedding(block_size, n_embd)
@@ -262,9 +271,9 @@ class GPTLanguageModel(nn.Module):
             raise ValueError(f"the context must be one or more ids from 0 to {vocab_size - 1}")
         if not temperature >= 0 or (top_k is not None and not 0 < top_k <= vocab_size):
             raise ValueError(f"temperature must be 0 or more and top_k between 1 and {vocab_size}")
-        window = index[:, -self.block_size :]  # what the model sees
+        # What the model sees, and what of it the caches lack.
+        window = unread = index[:, -self.block_size :]
         caches = [Cache(block.sa, len(index)) for block in self.blocks]
-        unread = window  # what the caches lack
         was_training = self.training
         self.eval()
         try:
@@ -273,9 +282,8 @@ class GPTLanguageModel(nn.Module):
                 window = torch.cat([window, new], dim=1)
                 unread = new
                 if window.shape[1] > self.block_size:
-                    window = window[:, -max(1, self.block_size // 2) :]
+                    window = unread = window[:, -max(1, self.block_size // 2) :]
                     caches = [Cache(block.sa, len(index)) for block in self.blocks]
-                    unread = window
                 yield new
         finally:
             self.train(was_training)
@@ -288,8 +296,8 @@ def sample(
     if temperature < 1e-30 or top_k == 1:  # float32 can't divide by less
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits.float()
-    logits = logits - logits.amax(dim=-1, keepdim=True)  # at most 0, so that nothing overflows
-    logits = logits / temperature
+    # The largest becomes 0, so that nothing overflows.
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     if top_k is not None:
         # By their ids, not by a threshold: in bfloat16 many logits are equal to the k-th.
         values, ids = logits.topk(top_k)
@@ -352,13 +360,11 @@ class Dropout(nn.Module):
     """Zero each number with probability `p` while training; scale up the rest to keep the mean.
 
     A network that can't rely on any single number learns more robust ones (Srivastava et al. 2014,
-    "Dropout", JMLR 15). Raises ValueError unless 0 <= p < 1.
+    "Dropout", JMLR 15).
     """
 
     def __init__(self, p: float):
         super().__init__()
-        if not 0 <= p < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1, not {p}")
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
@@ -492,9 +498,14 @@ def save_model(path: str | Path, model: GPTLanguageModel, vocabulary: Vocabulary
 
     `more` is further data and tensors for `read_model_file` to return. Raises OSError.
     """
-    own = {"config": model.config, "vocabulary": vocabulary.characters}
+    content = {
+        "config": model.config,
+        "vocabulary": vocabulary.characters,
+        "weights": model.state_dict(),
+        **more,
+    }
     with atomic_write(path) as file:
-        torch.save({**own, "weights": model.state_dict(), **more}, file)
+        torch.save(content, file)
 
 
 def load_model(
@@ -520,8 +531,8 @@ def read_model(
     data = Path(path).read_bytes()
     try:
         content = read_model_file(data)
-        config = dict(content.get("config", {}))  # only its dropout counts,
-        config |= shape_of(content["weights"])  # since the weights themselves show the shape
+        # Of a config, only the dropout counts, since the weights themselves show the shape.
+        config = {**content.get("config", {}), **shape_of(content["weights"])}
         model = GPTLanguageModel(**config)
         model.load_state_dict(content["weights"])  # fails for a missing, extra or misshapen one
         if "vocabulary" in content:
@@ -534,13 +545,14 @@ def read_model(
     for name, weight in model.named_parameters():
         # Trained weights are about 1. Much larger ones overflow in the model.
         if not (weight.abs() <= 1000).all():
-            problem = f"{name} is NaN or absurd in places; use a file from before that happened"
-            raise ModelFileError(f"{path}: {problem}")
+            raise ModelFileError(
+                f"{path}: {name} is NaN or absurd in places; use a file from before that happened"
+            )
     found = 0 if vocabulary is None else len(vocabulary)
     if found != config["vocab_size"]:
-        problem = f"knows {config['vocab_size']} characters, but the vocabulary has {found}"
         raise ModelFileError(
-            f"{path}: {problem}; name the vocab.txt that it was trained with: -vocab vocab.txt"
+            f"{path}: knows {config['vocab_size']} characters, but the vocabulary has {found}; "
+            "name the vocab.txt that it was trained with: -vocab vocab.txt"
         )
     return model, vocabulary, content
 
@@ -584,8 +596,7 @@ def read_model_file(data: bytes) -> dict:
         with torch.serialization.safe_globals([(StandIn, name) for name in names]):
             content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     is_ours = isinstance(content, dict) and "weights" in content
-    more = content if is_ours else {}
-    return {**more, "weights": find_weights(content)}
+    return {**(content if is_ours else {}), "weights": find_weights(content)}
 
 
 class StandIn:
@@ -632,13 +643,13 @@ def find_weights(content) -> dict[str, Tensor]:
             content = content.get(name, content)
     if isinstance(content, StandIn):
         content = module_weights(content)
-    weights = {}
-    for name, weight in content.items():
-        # torch.compile and DistributedDataParallel wrap a module in another, whose name is then
-        # part of the names.
-        parts = [part for part in str(name).split(".") if part not in ("_orig_mod", "module")]
-        if parts[-1] != "tril":  # the tutorial saves its masks with the weights
-            weights[".".join(parts)] = weight
+    # torch.compile and DistributedDataParallel wrap a module in another, whose name is then part of
+    # the names. The tutorial saves its masks with the weights.
+    weights = {
+        re.sub(r"\b(_orig_mod|module)\.", "", str(name)): weight
+        for name, weight in content.items()
+        if not str(name).endswith("tril")
+    }
     if "token_embedding_table.weight" not in weights:
         raise ValueError("it holds no weights of a GPTLanguageModel")
     return weights
@@ -663,7 +674,7 @@ class Parser(argparse.ArgumentParser):
     """Takes flags with one dash or two, as in `-seed 1`, and names each default in the help.
 
     `flags` has a row for each: its name, its type, its default and its help. The type is a function
-    of a text, a tuple of choices, or bool for a flag without a value.
+    of a text, or other options for argparse, such as choices.
     """
 
     def __init__(self, description: str, flags: list[tuple]):
@@ -671,35 +682,33 @@ class Parser(argparse.ArgumentParser):
             description=description,
             usage=argparse.SUPPRESS,
             allow_abbrev=False,
-            argument_default=argparse.SUPPRESS,  # `given` returns no flag that is not there
+            argument_default=argparse.SUPPRESS,  # what is not there is not `given`
         )
         # Without this, -help would be -h with the value "elp".
         self.add_argument("-help", action="help", help=argparse.SUPPRESS)
         self.defaults = {name: default for name, _, default, _ in flags}
         for name, kind, default, help in flags:
-            if default is not None:
+            if default not in (None, ""):
                 help += f" (default: {default})"
-            if kind is bool:
-                options = {"action": "store_true"}
-            elif isinstance(kind, tuple):
-                options = {"choices": kind}
-            else:
-                options = {"type": kind, "metavar": kind.__name__.upper()}  # "-seed INT"
-            self.add_argument(f"-{name}", help=help, **options)
+            if not isinstance(kind, dict):
+                kind = {"type": kind, "metavar": kind.__name__.upper()}  # "-seed INT"
+            self.add_argument(f"-{name}", help=help, **kind)
 
     def error(self, message: str) -> NoReturn:
         super().error(escape(message))
 
-    def given(self, arguments: list[str] | None = None) -> dict:
-        """Return the flags that stand on the command line, by name."""
+    def parse(self, arguments: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
+        """Return all flags, and by name those that stand on the command line."""
         arguments = sys.argv[1:] if arguments is None else arguments
         # Only whole flags lose a dash: a prompt may begin with two.
         arguments = [re.sub(r"^--(?=\w+(=|$))", "-", argument) for argument in arguments]
-        return vars(super().parse_args(arguments))
+        given = vars(self.parse_args(arguments))
+        return argparse.Namespace(**{**self.defaults, **given}), given
 
-    def parse_args(self, arguments: list[str] | None = None) -> argparse.Namespace:
-        """Return all flags: those that are given, and the defaults of the others."""
-        return argparse.Namespace(**{**self.defaults, **self.given(arguments)})
+    def error_if(self, is_wrong: bool, message: str) -> None:
+        """End the program with this message about a flag if it is wrong."""
+        if is_wrong:
+            self.error(message)
 
 
 def bounded(kind: type, least: float, below: float = 2**31) -> Callable:

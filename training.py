@@ -400,6 +400,7 @@ class Optimizer:
         beta2 = min(max(0.95, 1 - tokens / 80_000), 0.999)
         adamw = torch.optim.AdamW(
             [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}],
+            lr=0.0,  # until `step` is told one
             betas=(0.8, beta2),  # with the usual beta1 of 0.9, the loss ends 0.01 nats higher
             fused=True,  # one operation for all weights, not several for each
         )
@@ -412,8 +413,9 @@ class Optimizer:
             self.rate_shares = {muon: 1.0, adamw: ADAMW_SHARE_BESIDE_MUON}
         groups = [group for part in self.rate_shares for group in part.param_groups]
         self.parameters = [parameter for group in groups for parameter in group["params"]]
-        is_float16 = settings.dtype == torch.float16
-        self.scaler = torch.amp.GradScaler(settings.device.type, enabled=is_float16)
+        self.scaler = torch.amp.GradScaler(
+            settings.device.type, enabled=settings.dtype == torch.float16
+        )
 
     def step(self, learning_rate: float, grad_clip: float) -> None:
         """Clip the gradients to a norm of `grad_clip` (0: don't), and move the weights."""
@@ -447,14 +449,11 @@ class Optimizer:
         for parameter in self.parameters:
             parameter.grad = torch.zeros_like(parameter)
         for part, saved_part in zip(self.rate_shares, saved["parts"], strict=True):
-            if not saved_part:  # in float16, it may be that no step has moved weights so far
-                continue
-            for group in part.param_groups:
-                group["lr"] = 0.0
-            part.step()
-            for values, saved_values in zip(part.state.values(), saved_part, strict=True):
-                for name, value in values.items():
-                    value.copy_(saved_values[name].view_as(value))
+            if saved_part:  # in float16, it may be that no step has moved weights so far
+                part.step()
+                for values, saved_values in zip(part.state.values(), saved_part, strict=True):
+                    for name, value in values.items():
+                        value.copy_(saved_values[name].view_as(value))
 
 
 # Evaluating, and telling about it -----------------------------------------------------------------
@@ -509,13 +508,13 @@ def describe(run: Namespace) -> str:
     """Return what is trained, and on what."""
     settings = run.settings
     parameters = sum(weight.numel() for weight in run.model.parameters())
-    tokens = settings.batch_size * settings.block_size
     return (
         f"device      {WORLD_SIZE} x {settings.device}, {settings.flags['dtype']}\n"
         f"model       {parameters:,} parameters, {len(run.vocabulary):,} characters\n"
         f"text        {run.train_text.size / 1e6:,.2f} MB to train on, "
         f"{run.val_text.size / 1e6:,.2f} MB to validate with\n"
-        f"step        {settings.batch_size} x {settings.block_size} = {tokens:,} tokens\n"
+        f"step        {settings.batch_size} x {settings.block_size} = "
+        f"{settings.batch_size * settings.block_size:,} tokens\n"
         f"optimizer   {settings.optimizer}, learning rate {settings.learning_rate:.3g}"
     )
 
@@ -551,17 +550,15 @@ def describe_end(run: Namespace) -> str:
     nats = mean_loss(model, text, islice(rows, limit), in_float32)
     is_cut = next(rows, None) is not None
     part = f"first {limit * settings.block_size:,} characters of the" if is_cut else "whole"
-    end = (
+    reason = (
+        f"stopped after step {record.step}: no better model in {settings.patience} evaluations\n"
+    )
+    return (
+        f"{reason if record.step < settings.max_iters else ''}"
         f"best model, of step {record.best_step}: {nats:.4f} nats = "
         f"{nats / math.log(2):.3f} bits per character\nover the {part} validation text; "
         f"talk to it: python chatbot.py -model {settings.model}"
     )
-    if record.step < settings.max_iters:
-        return (
-            f"stopped after step {record.step}: no better model in {settings.patience} "
-            f"evaluations\n{end}"
-        )
-    return end
 
 
 # The record and the files of a run ----------------------------------------------------------------
@@ -584,15 +581,19 @@ class Record:
 
     def add(self, train_loss: float, val_loss: float, settings: Namespace) -> bool:
         """Add an evaluation; return whether its model is the best so far."""
-        rate = learning_rate_at(self.step - 1, settings)
-        tokens = self.step * settings.batch_size * settings.block_size
-        losses = [round(train_loss, 6), round(val_loss, 6)]
-        self.metrics.append([self.step, *losses, rate, tokens, round(self.seconds, 3)])
+        row = [
+            self.step,
+            round(train_loss, 6),
+            round(val_loss, 6),
+            learning_rate_at(self.step - 1, settings),
+            self.step * settings.batch_size * settings.block_size,
+            round(self.seconds, 3),
+        ]
+        self.metrics.append(row)
         is_best = val_loss < self.best_loss
+        self.evaluations_since_best += 1
         if is_best:
             self.best_loss, self.best_step, self.evaluations_since_best = val_loss, self.step, 0
-        else:
-            self.evaluations_since_best += 1
         return is_best
 
 
@@ -607,23 +608,19 @@ def kept(path: Path) -> Path:
     Of a link, that is beside its target.
     """
     target = Path(os.path.realpath(path))
-    ending = r"(\.state\.pkl|\.metrics\.csv|\.pkl|)$"
-    return target.with_name(re.sub(ending, r".old\1", target.name, count=1))
+    name = re.sub(r"((\.state|\.metrics)?\.\w+|)$", r".old\1", target.name, count=1)
+    return target.with_name(name)
 
 
 def lock_model(model: Path, stack: ExitStack) -> None:
     """Let no other process train this model until the stack is closed.
 
-    Raises OSError if nothing can be written there, TrainingError if another run is training it.
+    Raises OSError if another run is training it, and if nothing can be written there.
     """
     target = Path(os.path.realpath(model))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         stack.enter_context(locked(sibling(target, ".lock.tmp")))
-    except BlockingIOError:
-        raise TrainingError(
-            f"{model}: another run is training it; wait for its end, or name another -model"
-        ) from None
     except OSError as error:  # which names the lock, a file that nobody knows
         raise OSError(error.errno, error.strerror, str(model)) from error
     for ending in ENDINGS:  # what a killed run was writing
@@ -648,7 +645,6 @@ def save(run: Namespace, is_best: bool = False) -> None:
         save_model(settings.model, run.average, run.vocabulary)
     state = {
         "version": STATE_VERSION,
-        "model": settings.model.name.replace(".old", ""),  # under which a kept model was trained
         "flags": settings.flags,
         "texts": [run.train_text.fingerprint, run.val_text.fingerprint],
         "record": asdict(record),
@@ -691,7 +687,7 @@ def restore(run: Namespace, state: dict) -> None:
     """
     model = run.settings.model
     try:
-        vars(run.record).update(vars(Record(**state["record"])), is_saved=True)
+        run.record = Record(**state["record"])
         run.average.load_state_dict(state["average"])
         run.optimizer.restore(state["optimizer"])
         texts = state["texts"]
@@ -717,9 +713,8 @@ class Interruption:
     forwards every signal to its processes.
     """
 
-    def __init__(self):
-        self.received = 0  # by this process
-        self.signal = 0  # by any process, once all have agreed on it
+    received = 0  # by this process
+    signal = 0  # by any process, once all have agreed on it
 
     def __enter__(self) -> Interruption:
         numbers = [signal.SIGINT, signal.SIGTERM]
@@ -767,7 +762,8 @@ def training_parser() -> Parser:
     ends = ", ".join(f"{end} of the highest with {name}" for name, end in MIN_LR_SHARES.items())
     passes = "0 up to 10 passes over the text, 0.2 from 25 on"
     fastest = "cuda" if torch.cuda.is_available() else "cpu"
-    optimizers, dtypes = tuple(LEARNING_RATES), ("float32", "bfloat16", "float16")
+    optimizers = {"choices": tuple(LEARNING_RATES)}
+    dtypes = {"choices": ("float32", "bfloat16", "float16")}
     # fmt: off
     flags = [
         ("batch_size", positive, 32, "sequences per optimizer step, over all processes"),
@@ -790,11 +786,11 @@ def training_parser() -> Parser:
         ("seed", any_seed, 1337, "decides initial weights, rows and dropout"),
         ("device", device, fastest, "cpu, cuda, cuda:1, ..."),
         ("dtype", dtypes, None, "for multiplications (default: the fastest here)"),
-        ("compile", bool, None,
+        ("compile", {"action": "store_true"}, None,
             "torch.compile: a minute or more at the start, then faster on a GPU"),
         ("data_dir", Path, Path("."), "folder with output_train.txt, output_val.txt and vocab.txt"),
         ("model", Path, Path("model-01.pkl"), "file for the trained model"),
-        ("resume", bool, None,
+        ("resume", {"action": "store_true"}, None,
             "go on with the run whose state is beside -model; without one, start it"),
         ("init_from", Path, None,
             "start from the weights and shape of this model file, not from random ones"),
@@ -807,101 +803,99 @@ def training_parser() -> Parser:
 
 def check_files(parser: Parser, args: Namespace) -> None:
     """End the program if a run can't have these files."""
-    if args.model.suffix != ".pkl" or args.model.name.endswith(".state.pkl"):
-        parser.error(
-            f"argument -model: {str(args.model)!r} must end in .pkl, but not in .state.pkl"
-        )
+    parser.error_if(
+        args.model.suffix != ".pkl" or args.model.name.endswith(".state.pkl"),
+        f"argument -model: {str(args.model)!r} must end in .pkl, but not in .state.pkl",
+    )
     displaced = (kept(args.model), kept(sibling(args.model, ".state.pkl")))
-    if args.init_from and Path(os.path.realpath(args.init_from)) in displaced:
-        parser.error(
-            f"argument -init_from: the first save of {args.model} would displace "
-            f"{args.init_from}; name another -model"
-        )
-    if args.vocab and not args.init_from:
-        parser.error(
-            "argument -vocab: goes with -init_from only; training takes the vocab.txt in -data_dir"
-        )
-    if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):
-        parser.error(f"argument -plot: {str(args.plot)!r} does not end in .png, .svg or .pdf")
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        parser.error("argument -plot: needs matplotlib; pip install matplotlib")
+    parser.error_if(
+        args.init_from and Path(os.path.realpath(args.init_from)) in displaced,
+        f"argument -init_from: the first save of {args.model} would displace {args.init_from}; "
+        "name another -model",
+    )
+    parser.error_if(
+        args.vocab and not args.init_from,
+        "argument -vocab: goes with -init_from only; training takes the vocab.txt in -data_dir",
+    )
+    parser.error_if(
+        args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"),
+        f"argument -plot: {str(args.plot)!r} does not end in .png, .svg or .pdf",
+    )
+    parser.error_if(
+        args.plot and importlib.util.find_spec("matplotlib") is None,
+        "argument -plot: needs matplotlib; pip install matplotlib",
+    )
 
 
-def settle(parser: Parser, given: dict) -> tuple[Namespace, tuple]:
+def settle(parser: Parser, args: Namespace, given: dict) -> tuple[Namespace, tuple]:
     """Return the settings, and what the run starts from: a model, its vocabulary, a state.
 
     What is not there is None. What is given counts first, then what a state or a model has settled,
     then the defaults. Raises OSError and ModelFileError.
     """
-    args = Namespace(**{**parser.defaults, **given})
     start = (None, None, None)
     settled = {}
     state_path = sibling(args.model, ".state.pkl")
     if args.resume and state_path.exists():
-        start = read_state(state_path, args.model)
-        settled = saved_flags(parser, start[-1], given)
+        start, settled = read_state(parser, args, given)
         refuse_contradictions(parser, given, {**parser.defaults, **settled}, state_path)
     elif args.init_from:
         vocabulary = Vocabulary.from_file(args.vocab) if args.vocab else None
-        model, vocabulary = load_model(args.init_from, vocabulary=vocabulary)
-        start = (model, vocabulary, None)
-        settled = {name: model.config[name] for name in SHAPE}
+        start = (*load_model(args.init_from, vocabulary=vocabulary), None)
+        settled = {name: start[0].config[name] for name in SHAPE}
         refuse_contradictions(parser, given, settled, args.init_from)
     if args.resume and start[-1] is None:
         show(f"{state_path}: there is no run to go on with, so a new one starts", sys.stderr)
     settings = Namespace(**{**parser.defaults, **settled, **given})
     work_out_defaults(settings)
-    if settings.batch_size % WORLD_SIZE:
-        parser.error(
-            f"argument -batch_size: {settings.batch_size} can't be shared evenly among "
-            f"{WORLD_SIZE} processes"
-        )
-    if settings.n_embd % settings.n_head:
-        parser.error(
-            f"argument -n_embd: {settings.n_embd} is not a multiple of -n_head {settings.n_head}"
-        )
+    parser.error_if(
+        settings.batch_size % WORLD_SIZE > 0,
+        f"argument -batch_size: {settings.batch_size} can't be shared evenly among "
+        f"{WORLD_SIZE} processes",
+    )
+    parser.error_if(
+        settings.n_embd % settings.n_head > 0,
+        f"argument -n_embd: {settings.n_embd} is not a multiple of -n_head {settings.n_head}",
+    )
     return settings, start
 
 
-def read_state(path: Path, model: Path) -> tuple[GPTLanguageModel, Vocabulary, dict]:
-    """Return what the run that trains this model has saved: weights, vocabulary and state.
+def read_state(parser: Parser, args: Namespace, given: dict) -> tuple[tuple, dict]:
+    """Return what the run of this -model has saved, and its flags.
 
-    Raises OSError and ModelFileError.
+    That is weights, vocabulary and state. The saved device is left out if another is given, since
+    it may be missing here. Raises OSError and ModelFileError. Ends the program if a flag is wrong.
     """
-    advice = f"without -resume, -init_from {model} starts a new run from the best model"
+    path = sibling(args.model, ".state.pkl")
+    advice = f"without -resume, -init_from {args.model} starts a new run from the best model"
     weights, vocabulary, content = read_model(path, None, advice)
     state = content.get("training")
-    name = model.name.replace(".old", "")  # under which a kept model was trained
     is_state = isinstance(state, dict) and isinstance(state.get("flags"), dict)
-    if not is_state or (state.get("version"), state.get("model")) != (STATE_VERSION, name):
+    if not is_state or state.get("version") != STATE_VERSION:
         raise ModelFileError(
-            f"{path}: is not the state of a {name} that this version of training.py has trained; "
+            f"{path}: is not a state of this version of training.py; "
             f"-init_from {path} starts a new run from its weights"
         )
-    return weights, vocabulary, state
-
-
-def saved_flags(parser: Parser, state: dict, given: dict) -> dict:
-    """Return the flags of the run that saved this state, but for a device if another is given.
-
-    They are read like a command line, since a stranger may have written them. Ends the program if
-    one is wrong.
-    """
     names = (parser.defaults.keys() - NOT_SAVED) & state["flags"].keys()
-    names -= given.keys() & {"device"}  # the saved one may be missing here
-    return parser.given([f"-{name}={state['flags'][name]}" for name in sorted(names)])
+    names -= given.keys() & {"device"}
+    # They are read like a command line, since a stranger may have written them.
+    _, flags = parser.parse([f"-{name}={state['flags'][name]}" for name in sorted(names)])
+    return (weights, vocabulary, state), flags
 
 
 def refuse_contradictions(parser: Parser, given: dict, settled: dict, source: Path) -> None:
     """End the program if a flag is given that contradicts what a file has settled."""
     for name in sorted((given.keys() & settled.keys()) - MAY_CHANGE_ON_RESUME - NOT_SAVED):
-        if given[name] != settled[name]:
-            parser.error(f"argument -{name}: {given[name]} contradicts {source}; leave it out")
-    # A shorter schedule would have had other learning rates in the steps that are done.
-    if given.get("max_iters", math.inf) < settled.get("max_iters", 0):
-        parser.error(
-            f"argument -max_iters: {source} has {settled['max_iters']}, which may only grow"
+        parser.error_if(
+            given[name] != settled[name],
+            f"argument -{name}: {given[name]} contradicts {source}; leave it out",
         )
+    # A shorter schedule would have had other learning rates in the steps that are done.
+    least = settled.get("max_iters", 0)
+    parser.error_if(
+        given.get("max_iters", least) < least,
+        f"argument -max_iters: {source} has {least}, which may only grow",
+    )
 
 
 def work_out_defaults(settings: Namespace) -> None:
@@ -984,8 +978,8 @@ def new_model(
     if old:
         vocabulary = Vocabulary(known.characters + vocabulary.characters)
     torch.manual_seed(settings.seed)
-    shape = {name: getattr(settings, name) for name in SHAPE}
-    model = GPTLanguageModel(len(vocabulary), dropout=settings.dropout, **shape)
+    shape = {name: getattr(settings, name) for name in (*SHAPE, "dropout")}
+    model = GPTLanguageModel(len(vocabulary), **shape)
     if old:
         rows = vocabulary.encode(known.characters)
         weights = model.state_dict()
@@ -1018,17 +1012,16 @@ def new_run(settings: Namespace, start: tuple) -> Namespace:
     )
 
 
-def run_training(parser: Parser, given: dict) -> int:
+def run_training(parser: Parser, args: Namespace, given: dict) -> int:
     """Train as these flags say; return the exit status.
 
     Raises OSError, ModelFileError and TrainingError.
     """
-    args = Namespace(**{**parser.defaults, **given})
     check_files(parser, args)
     with ExitStack() as stack:
         if RANK == 0:
             lock_model(args.model, stack)
-        settings, start = settle(parser, given)
+        settings, start = settle(parser, args, given)
         run = new_run(settings, start)
         show(describe(run))
         state = start[-1]
@@ -1076,7 +1069,7 @@ def main() -> int:
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     try:
         parser = training_parser()
-        return run_training(parser, parser.given())
+        return run_training(parser, *parser.parse())
     except KeyboardInterrupt:  # before or after the loop, which ends in good order
         return 128 + signal.SIGINT
     except Exception as error:

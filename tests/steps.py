@@ -8,7 +8,7 @@ import training
 def settle(flags: list) -> tuple[Namespace, tuple]:
     """Return the settings that these flags come to, and what the run starts from."""
     parser = training.training_parser()
-    return training.settle(parser, parser.given([*map(str, flags)]))
+    return training.settle(parser, *parser.parse([*map(str, flags)]))
 
 
 def settings_with(flags: list) -> Namespace:

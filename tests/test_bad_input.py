@@ -183,11 +183,11 @@ def test_help_names_every_flag_once_with_its_default(run_here, script, monkeypat
     with patch.object(argparse.ArgumentParser, "print_help", autospec=True) as print_help:
         run_here(script, ["-h"])
     (parser,) = print_help.call_args.args
-    defaults = {"h": None, **vars(parser.parse_args([]))}
+    defaults = {"h": None, **vars(parser.parse_args([])), **getattr(parser, "defaults", {})}
     assert sorted(flag for flag, _ in texts) == sorted(f"-{name}" for name in defaults)
     for flag, text in texts:
         default = defaults[flag[1:]]
-        assert default in (None, False) or text.endswith(f"(default: {default})")
+        assert default in (None, False, "") or text.endswith(f"(default: {default})")
         assert re.search("[a-z]{3}", text) and not re.search("None|False|==", text)
 
 
