@@ -3,7 +3,8 @@ timed against.
 
 Every head on its own, a mask cut for every call, torch's own dropout, the whole context anew for
 every token. Nothing here is shared with model.py but the parameter names, so that weights can be
-copied over.
+copied over. On these classes, tutorial.py builds those of the tutorial, with its names for the
+parts.
 """
 
 import math
@@ -22,10 +23,9 @@ class PlainHead(nn.Module):
 
     def weights(self, x):
         """Return how much each time step looks at each other one."""
-        time_steps = x.shape[1]
         k, q = self.key(x), self.query(x)
         scores = q @ k.transpose(1, 2) / math.sqrt(k.shape[2])
-        future = torch.ones(time_steps, time_steps, device=x.device).triu(1) == 1
+        future = torch.ones_like(scores[0]).triu(1) == 1
         scores[:, future] = -math.inf
         return torch.softmax(scores, dim=2)
 
@@ -34,10 +34,12 @@ class PlainHead(nn.Module):
 
 
 class PlainMultiHeadAttention(nn.Module):
+    Head = PlainHead
+
     def __init__(self, num_heads, head_size, n_embd, block_size, dropout):
         super().__init__()
         self.heads = nn.ModuleList(
-            [PlainHead(head_size, n_embd, block_size, dropout) for _ in range(num_heads)]
+            [self.Head(head_size, n_embd, block_size, dropout) for _ in range(num_heads)]
         )
         self.proj = nn.Linear(num_heads * head_size, n_embd)
         self.dropout = nn.Dropout(dropout)
@@ -61,10 +63,12 @@ class PlainFeedForward(nn.Module):
 
 
 class PlainBlock(nn.Module):
+    Attention, FeedForward = PlainMultiHeadAttention, PlainFeedForward
+
     def __init__(self, n_embd, n_head, block_size, dropout):
         super().__init__()
-        self.sa = PlainMultiHeadAttention(n_head, n_embd // n_head, n_embd, block_size, dropout)
-        self.ffwd = PlainFeedForward(n_embd, dropout)
+        self.sa = self.Attention(n_head, n_embd // n_head, n_embd, block_size, dropout)
+        self.ffwd = self.FeedForward(n_embd, dropout)
         self.ln1, self.ln2 = nn.LayerNorm(n_embd), nn.LayerNorm(n_embd)
 
     def forward(self, x):
@@ -73,23 +77,24 @@ class PlainBlock(nn.Module):
 
 
 class PlainGPT(nn.Module):
+    Block = PlainBlock
+
     def __init__(self, vocab_size, n_embd=384, n_head=4, n_layer=4, block_size=128, dropout=0.2):
         super().__init__()
-        self.block_size = block_size
         self.token_embedding_table = nn.Embedding(vocab_size, n_embd)
         self.position_embedding_table = nn.Embedding(block_size, n_embd)
         self.blocks = nn.Sequential(
-            *[PlainBlock(n_embd, n_head, block_size, dropout) for _ in range(n_layer)]
+            *[self.Block(n_embd, n_head, block_size, dropout) for _ in range(n_layer)]
         )
         self.ln_f = nn.LayerNorm(n_embd)
         self.lm_head = nn.Linear(n_embd, vocab_size)
 
+    def embed(self, index):
+        positions = self.position_embedding_table.weight[: index.shape[1]]
+        return self.token_embedding_table(index) + positions
+
     def forward(self, index, targets=None):
-        x = (
-            self.token_embedding_table(index)
-            + self.position_embedding_table.weight[: index.shape[1]]
-        )
-        logits = self.lm_head(self.ln_f(self.blocks(x)))
+        logits = self.lm_head(self.ln_f(self.blocks(self.embed(index))))
         if targets is None:
             return logits, None
         return logits, nn.functional.cross_entropy(
@@ -102,23 +107,17 @@ class PlainGPT(nn.Module):
 
         Their shapes are (blocks, heads, T, T) and (blocks + 1, T, V).
         """
-        steps = index.shape[1]
-        x = self.token_embedding_table(index) + self.position_embedding_table.weight[:steps]
-        weights, logits = [], [self.lm_head(self.ln_f(x))]
+        states, weights = [self.embed(index)], []
         for block in self.blocks:
-            weights.append(torch.cat([head.weights(x) for head in block.sa.heads]))
-            x = block(x)
-            logits.append(self.lm_head(self.ln_f(x)))
-        return torch.stack(weights), torch.softmax(torch.cat(logits), dim=2)
+            weights.append(torch.cat([head.weights(states[-1]) for head in block.sa.heads]))
+            states.append(block(states[-1]))
+        logits = self.lm_head(self.ln_f(torch.cat(states)))
+        return torch.stack(weights), torch.softmax(logits, dim=2)
 
     @torch.no_grad()
-    def generate(self, index, max_new_tokens, greedy=False):
+    def generate(self, index, max_new_tokens):
         for _ in range(max_new_tokens):
-            last = self(index[:, -self.block_size :])[0][:, -1]
-            new = (
-                last.argmax(1, keepdim=True)
-                if greedy
-                else torch.multinomial(torch.softmax(last, 1), 1)
-            )
-            index = torch.cat([index, new], dim=1)
+            window = index[:, -self.position_embedding_table.num_embeddings :]
+            chances = torch.softmax(self(window)[0][:, -1], dim=1)
+            index = torch.cat([index, torch.multinomial(chances, 1)], dim=1)
         return index
