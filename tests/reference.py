@@ -86,8 +86,7 @@ class PlainGPT(nn.Module):
         self.blocks = nn.Sequential(
             *[self.Block(n_embd, n_head, block_size, dropout) for _ in range(n_layer)]
         )
-        self.ln_f = nn.LayerNorm(n_embd)
-        self.lm_head = nn.Linear(n_embd, vocab_size)
+        self.ln_f, self.lm_head = nn.LayerNorm(n_embd), nn.Linear(n_embd, vocab_size)
 
     def embed(self, index):
         positions = self.position_embedding_table.weight[: index.shape[1]]

@@ -9,11 +9,11 @@ import os
 import re
 import signal
 import time
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
-from conftest import MISSING, assert_fails, signals
+from conftest import MISSING, assert_fails, signals, wait_until_shown
 
 import chatbot
 from model import GPTLanguageModel, Vocabulary, load_model, save_model
@@ -24,16 +24,18 @@ SHORT = ("-max_new_tokens=10", "-temperature=0")
 
 
 class Terminal(io.TextIOWrapper):
-    """A stream that says that it is a terminal, and keeps what it is given."""
+    """A stream that says that it is a terminal, and keeps what it is given.
 
-    trouble = "", None  # a text that can't be written, and the error then
+    Any text with a `bad` character in it can't be written: `error` is raised then.
+    """
 
-    def __init__(self):
+    def __init__(self, bad: str = "", error: BaseException | None = None):
         super().__init__(io.BytesIO(), "utf-8", newline="\n", write_through=True)
+        self.bad, self.error = bad, error
 
     def write(self, text: str) -> int:
-        if self.trouble[0] and self.trouble[0] in text:
-            raise self.trouble[1]
+        if self.error and self.bad in text:
+            raise self.error
         return super().write(text)
 
     def isatty(self) -> bool:
@@ -43,28 +45,23 @@ class Terminal(io.TextIOWrapper):
         return self.buffer.getvalue().decode()
 
 
-def save(path, characters: str, favourite: str = "") -> None:
+def save(folder, characters: str = CHARACTERS) -> None:
     torch.manual_seed(1)
     model = GPTLanguageModel(len(characters), 16, 2, 1, block_size=16)
-    model.lm_head.bias.data[Vocabulary(characters).encode(favourite)] = 30
-    save_model(path, model, Vocabulary(characters))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Return a folder with a small untrained model."""
-    folder = tmp_path_factory.mktemp("chat")
-    save(folder / "model-01.pkl", CHARACTERS)
-    return folder
+    save_model(folder / "model-01.pkl", model, Vocabulary(characters))
 
 
 @pytest.fixture
-def chat(folder, run_main):
-    """`chat("-top_k", 3, typed=b"one\\n")` runs chatbot.py in the folder, with this piped in."""
+def chat(tmp_path, run_main):
+    """`chat("-top_k", 3, typed=b"one\\n")` runs chatbot.py with this piped in.
 
-    def run(*flags, typed: bytes = b"", encoding: str = "utf-8", status: int = 0, **streams):
+    The model is small and untrained; it knows these characters.
+    """
+
+    def run(*flags, characters=CHARACTERS, typed=b"", encoding="utf-8", status=0, **streams):
+        save(tmp_path, characters)
         streams = {"stdin": io.TextIOWrapper(io.BytesIO(typed), encoding), **streams}
-        done = run_main("chatbot.py", "-device=cpu", *flags, cwd=folder, **streams)
+        done = run_main("chatbot.py", "-device=cpu", *flags, **streams)
         assert done.returncode == status, done.stderr
         return done
 
@@ -84,46 +81,45 @@ def test_a_prompt_is_completed_by_150_characters_also_one_longer_than_the_window
 
 
 def test_seed_and_temperature_decide_the_answer(chat):
-    def different(*flags):
-        return {chat("-prompt", "a", "-max_new_tokens", 40, *flags).stdout for _ in range(3)}
+    runs = {
+        flag: {chat("-prompt=a", "-max_new_tokens=40", flag).stdout for _ in range(3)}
+        for flag in ("-batch_size=1", "-seed=1", "-seed=2", "-temperature=0", "-top_k=1")
+    }
+    assert [len(shown) for shown in runs.values()] == [3, 1, 1, 1, 1]
+    assert runs["-seed=1"] != runs["-seed=2"]
+    assert runs["-top_k=1"] == runs["-temperature=0"]
 
-    assert len(different()) == 3
-    assert len(different("-seed", 1)) == len(different("-temperature", 0)) == 1
-    assert different("-seed", 1) != different("-seed", 2)
-    assert different("-top_k", 1) == different("-temperature", 0)
 
-
-def test_several_completions_are_made_together_and_no_further_than_one_needs(chat, monkeypatch):
-    stream = Mock(side_effect=GPTLanguageModel.stream)
-    monkeypatch.setattr(GPTLanguageModel, "stream", lambda *given: stream(*given))
+@patch.object(GPTLanguageModel, "stream", autospec=True, side_effect=GPTLanguageModel.stream)
+def test_several_completions_are_made_together_and_no_further_than_one_needs(stream, chat):
     done = chat("-prompt=abc", "-batch_size=3", "-max_new_tokens=30")
     pattern = "".join(rf"Completion {n}:\nabc[a-z\s]{{30}}\n" for n in (1, 2, 3))
     assert re.fullmatch(pattern, done.stdout) and len(set(answers(done.stdout))) == 3
     assert [call.args[1].shape for call in stream.call_args_list] == [(3, 3)]
     # Without an end at the last stop, this would take hours.
     done = chat("-prompt=abc", "-batch_size=3", "-max_new_tokens=100000000", "-stop=a")
-    assert all(re.fullmatch(r"abc[b-z\s]*", answer) for answer in answers(done.stdout))
-
-
-@pytest.mark.parametrize("characters", [CHARACTERS, "\t" + CHARACTERS])
-def test_unknown_characters_are_left_out_and_named(chat, folder, characters):
-    save(folder / "other.pkl", characters)
-    done = chat("-prompt", "aÄbÄ🙂c\x1b", "-model=other.pkl")
-    assert done.stdout.startswith("Completion:\nabc")
-    assert done.stderr == r"left out, as the model has never seen them: '\x1b' 'Ä' '🙂'" + "\n"
-    for prompt in ("", "ÄÖ"):  # with nothing known, an answer goes on from a line end
-        shown = chat("-prompt", prompt, "-model=other.pkl").stdout
-        assert re.fullmatch(r"Completion:\n\n[a-z\s]{150}\n", shown)
+    assert re.fullmatch(r"(Completion \d:\nabc[b-z\s]*\n){3}", done.stdout)
 
 
 @pytest.mark.parametrize("flag", ["-seed=1", "-temperature=0", "-top_k=4", "-batch_size=2"])
-def test_u_fffd_is_read_in_place_of_unknown_characters(chat, folder, flag):
-    save(folder / "replacement.pkl", "ab\ufffd🙂")
-    done = chat("-prompt", "aÄ\ufffdb🚀", "-model=replacement.pkl", flag)
-    pattern = "a\ufffd\ufffdb\ufffd[ab\ufffd🙂]{150}"
-    assert all(re.fullmatch(pattern, answer) for answer in answers(done.stdout))
-    assert done.stderr == "replaced by U+FFFD, as the model has never seen them: 'Ä' '🚀'\n"
-    assert chat("-prompt", "ab\ufffd", "-model=replacement.pkl", flag).stderr == ""
+@pytest.mark.parametrize("first", ["", "\t"])
+@pytest.mark.parametrize(
+    "characters, prompt, read, notice",
+    [
+        (CHARACTERS, "aÄbÄ🙂c\x1b", "abc", "left out: '\\x1b' 'Ä' '🙂'\n"),
+        (CHARACTERS, "ÄÖ", "\n", "left out: 'Ä' 'Ö'\n"),  # something to go on from
+        (CHARACTERS, "", "\n", ""),
+        ("ab\ufffd🙂", "aÄ\ufffdb🚀", "a\ufffd\ufffdb\ufffd", "replaced by U+FFFD: 'Ä' '🚀'\n"),
+        ("ab\ufffd🙂", "ab\ufffd", "ab\ufffd", ""),
+    ],
+)
+def test_unknown_characters_are_named_and_left_out_or_read_as_u_fffd(
+    chat, flag, first, characters, prompt, read, notice
+):
+    done = chat("-prompt", prompt, flag, characters=first + characters)
+    answer = rf"Completion.*:\n{read}[{first}{characters}]{{150}}\n"
+    assert re.fullmatch(f"({answer})+", done.stdout)
+    assert done.stderr == notice.replace(":", ", as the model has never seen them:")
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "cp1252", "cp1251", "ascii"])
@@ -137,23 +133,24 @@ def test_piped_lines_are_answered_each_by_itself_without_being_asked_for(chat, t
     assert done.stdout == "".join(alone) and done.stderr == ""
 
 
-def test_a_backslash_and_an_n_mean_a_line_end_but_not_in_a_file(chat, folder):
+def test_a_backslash_and_an_n_mean_a_line_end(chat):
     expected = chat(*SHORT, "-prompt", "abc\ndef\n").stdout
     assert expected.startswith("Completion:\nabc\ndef\n")
-    typed = chat(*SHORT, typed=rb"abc\ndef\n").stdout
-    assert chat(*SHORT, "-prompt", r"abc\ndef\n").stdout == typed == expected
-    (folder / "prompt.txt").write_bytes(rb"abc\ndef")
-    assert "left out" in chat(*SHORT, "-prompt_file", "prompt.txt").stderr
-    save(folder / "lines.pkl", "\na", favourite="\n")  # which writes line ends only
-    assert answers(chat("-model=lines.pkl", "-prompt=a", "-stop", r"\n\n").stdout) == ["a"]
+    assert chat(*SHORT, "-prompt", r"abc\ndef\n").stdout == expected
+    assert chat(*SHORT, typed=rb"abc\ndef\n").stdout == expected
+    assert answers(chat("-prompt=", "-stop", r"\n\n", characters="\n").stdout) == ["\n"]
 
 
-@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
-@pytest.mark.parametrize("mark", [b"", BOM, b"\xff\xfe", b"\xfe\xff"])
-def test_a_prompt_file_is_decoded_as_a_text_of_the_corpus_is(chat, folder, line_end, mark):
-    encoding = {b"\xff\xfe": "utf-16-le", b"\xfe\xff": "utf-16-be"}.get(mark, "utf-8")
-    (folder / "prompt.txt").write_bytes(mark + f"abÄc{line_end}def{line_end}".encode(encoding))
-    done, expected = chat(*SHORT, "-prompt_file=prompt.txt"), chat(*SHORT, "-prompt=abÄc\ndef\n")
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize(
+    "mark, encoding",
+    [(b"", "utf-8"), (BOM, "utf-8"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be")],
+)
+def test_a_prompt_file_is_decoded_as_a_text_of_the_corpus_is(chat, tmp_path, mark, encoding, end):
+    # In a file, a backslash and an n are themselves; in a prompt, the Ä keeps them apart.
+    (tmp_path / "prompt.txt").write_bytes(mark + rf"ab\nÄc{end}def{end}".encode(encoding))
+    expected = chat(*SHORT, "-prompt", "ab\\Änc\ndef\n")
+    done = chat(*SHORT, "-prompt_file=prompt.txt")
     assert (done.stdout, done.stderr) == (expected.stdout, expected.stderr)
 
 
@@ -175,9 +172,11 @@ def test_all_that_may_be_the_beginning_of_a_stop_is_held_back(stop):
         assert "".join(chatbot.until(stop, text)) == text.partition(stop)[0]
 
 
-def test_surprises_are_the_bits_of_the_probabilities_that_the_model_gave(folder):
-    model, vocabulary = load_model(folder / "model-01.pkl")
-    ids = vocabulary.encode("the quick brown fox jumps over the lazy dog\n")
+def test_show_gives_the_bits_of_the_probabilities_that_the_model_gave(chat, tmp_path):
+    flags = ("-prompt=the quick brown fox jumps", "-seed=1", "-max_new_tokens=19")
+    text = answers(chat(*flags).stdout)[0]
+    model, vocabulary = load_model(tmp_path / "model-01.pkl")
+    ids = vocabulary.encode(text)
     bits = chatbot.surprises(model, ids)
     assert [len(chatbot.surprises(model, ids[:n])) for n in (1, 2, 44)] == [0, 1, 43]
     for place in range(1, 44):  # up to 16 characters, all are seen; of more, 8 to 16
@@ -185,14 +184,7 @@ def test_surprises_are_the_bits_of_the_probabilities_that_the_model_gave(folder)
         logits = [model(torch.tensor([ids[start:place]]))[0][0, -1] for start in starts]
         ratios = [step.softmax(0)[ids[place]].item() * 2 ** bits[place - 1] for step in logits]
         assert min(abs(ratio - 1) for ratio in ratios) < 1e-4
-
-
-def test_show_gives_the_bits(chat, folder):
-    flags = ("-prompt=hello", "-seed=1", "-max_new_tokens=20")
-    text = answers(chat(*flags).stdout)[0]
-    model, vocabulary = load_model(folder / "model-01.pkl")
-    bits = chatbot.surprises(model, vocabulary.encode(text))
-    means = f"{sum(bits[:4]) / 4:.2f} in the prompt, {sum(bits[4:]) / 20:.2f} in the completion"
+    means = f"{sum(bits[:24]) / 24:.2f} in the prompt, {sum(bits[24:]) / 19:.2f} in the completion"
     assert chat(*flags, "-show").stdout == f"Completion:\n{text}\nbits per character: {means}\n"
 
 
@@ -201,78 +193,88 @@ def test_colours_are_shown_on_a_terminal(monkeypatch):
     monkeypatch.setattr("sys.stdout", terminal)
     chatbot.show_surprises("abcdef", [0.0, 1.0, 2.9, 5.0, 99.0], 1)
     green, blue, orange, red = (f"\x1b[38;5;{number}m" for number in (28, 32, 166, 160))
-    coloured = f"a{green}b{green}c{blue}d{orange}e{red}f\x1b[0m\n"
-    assert terminal.shown() == f"{coloured}bits per character: 21.58 in the completion\n"
+    assert terminal.shown() == (
+        f"a{green}b{green}c{blue}d{orange}e{red}f\x1b[0m\n"
+        "bits per character: 21.58 in the completion\n"
+    )
 
 
 def test_ctrl_c_leaves_no_terminal_coloured(chat):
-    terminal = Terminal()
-    terminal.trouble = "c", KeyboardInterrupt()
+    terminal = Terminal("c", KeyboardInterrupt())
     chat("-prompt=abcd", "-show", stdout=terminal, status=130)
     assert re.fullmatch("Completion:\na\x1b.*b\x1b.*\x1b\\[0m\n", terminal.shown())
 
 
 @pytest.mark.parametrize("flags", [(), ("-batch_size=2",), ("-show",), ("-stop=zz",)])
-def test_no_control_character_reaches_a_terminal(chat, folder, flags):
+def test_no_control_character_reaches_a_terminal(chat, flags):
     characters = "a\n\t\x00\x07\x1b\r\x7f\x85\x9b"
-    save(folder / "control.pkl", characters)
-    flags = ("-model=control.pkl", "-seed=1", "-prompt", "\x1b]0;a\x07\r\t\x9b\x01", *flags)
+    flags = ("-seed=1", "-prompt", "\x1b]0;a\x07\r\t\x9b\x01", *flags)
     terminal, errors = Terminal(), Terminal()
-    chat(*flags, stdout=terminal, stderr=errors)
+    chat(*flags, characters=characters, stdout=terminal, stderr=errors)
     chat("-model=\x1b]0;\x07\x9b", stderr=errors, status=1)  # which an error names
     shown = re.sub(r"\x1b\[(38;5;\d+|0)m", "", terminal.shown()) + errors.shown()
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", shown)
     assert all(escape in shown for escape in (r"\x1ba\x07\r", "\t", r"'\x01'", r"\x07\x9b: "))
-    assert set(characters) <= set(chat(*flags).stdout)  # what is piped stays as it is
+    # What is piped stays as it is.
+    assert set(characters) <= set(chat(*flags, characters=characters).stdout)
 
 
 @signals
-def test_ctrl_c_ends_an_answer_and_at_the_prompt_the_chat(start_script, folder):
+def test_ctrl_c_ends_an_answer_and_at_the_prompt_the_chat(start_script, tmp_path):
     import pty
 
+    save(tmp_path)
     ours, theirs = pty.openpty()
-    flags = ("-max_new_tokens", str(10**7))
-    run = start_script("chatbot.py", *flags, cwd=folder, stdin=theirs, stdout=theirs)
+    run = start_script("chatbot.py", "-max_new_tokens=10000000", stdin=theirs, stdout=theirs)
     os.close(theirs)
-    asked, answered = ("Prompt: ", b"ab\\nc\n"), ("Completion:\r\nab\r\nc", b"")
-    for expected, typed in (asked, answered, ("Prompt: ", b"")):
-        shown = ""
-        while expected not in shown:
-            shown += os.read(ours, 1000).decode()
+    run.stdout = os.fdopen(ours, encoding="utf-8", newline="")
+    for expected, typed in (
+        ("Prompt: ", b"ab\\nc\n"),
+        ("Completion:\r\nab\r\nc", b""),
+        ("Prompt: ", b""),
+    ):
+        wait_until_shown(run, expected, "stdout")
         os.write(ours, typed)
         if not typed:
             # Python, once it has asked, misses a Ctrl-C that comes before it waits for the line.
             time.sleep(0.3)
             run.send_signal(signal.SIGINT)
     assert run.wait(timeout=30) == 0 and run.stderr.read() == "(stopped)\n"
-    assert os.read(ours, 1000).decode().endswith("\r\n")
-    os.close(ours)
+    wait_until_shown(run, "\r\n", "stdout")
 
 
-def test_characters_appear_as_they_are_made_and_a_closed_pipe_ends_the_chat(start_script, folder):
-    run = start_script("chatbot.py", "-prompt", "a", "-max_new_tokens", str(10**7), cwd=folder)
+def test_characters_appear_as_they_are_made_and_a_closed_pipe_ends_the_chat(start_script, tmp_path):
+    save(tmp_path)
+    run = start_script("chatbot.py", "-prompt=a", "-max_new_tokens=10000000")
     assert len(run.stdout.read(20)) == 20
     run.stdout.close()
     assert run.wait(timeout=30) == 0 and run.stderr.read() == ""
 
 
-@pytest.mark.parametrize("number", [errno.EPIPE, errno.EINVAL, errno.ENOSPC])
+@pytest.mark.parametrize(
+    "number, status, notice",
+    [
+        (errno.EPIPE, 0, ""),
+        (errno.EINVAL, 0, ""),  # a closed pipe of Windows
+        (errno.ENOSPC, 1, f"chatbot.py: standard output: {os.strerror(errno.ENOSPC)}\n"),
+    ],
+)
 @pytest.mark.parametrize("flags", [(), ("-batch_size=2",), ("-show",)])
-def test_an_output_that_cannot_be_written_is_told_unless_its_reader_is_gone(chat, flags, number):
-    terminal = Terminal()
-    terminal.trouble = "a", OSError(number, os.strerror(number))  # EINVAL: a closed pipe of Windows
-    full = number == errno.ENOSPC
-    done = chat("-prompt=z", "-max_new_tokens=999", *flags, stdout=terminal, status=int(full))
-    assert done.stderr == (f"chatbot.py: standard output: {os.strerror(number)}\n" if full else "")
+def test_an_output_that_cannot_be_written_is_told_unless_its_reader_is_gone(
+    chat, flags, number, status, notice
+):
+    terminal = Terminal("a", OSError(number, os.strerror(number)))
+    done = chat("-prompt=z", "-max_new_tokens=999", *flags, stdout=terminal, status=status)
+    assert done.stderr == notice
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_streams_of_idle_and_of_a_notebook_are_enough(chat, is_terminal):
-    shown, errors = io.StringIO(), io.StringIO()  # which can't be reconfigured
-    shown.isatty = errors.isatty = lambda: is_terminal
-    chat("-max_new_tokens=5", "-show", stdin=io.StringIO("abc\n"), stdout=shown, stderr=errors)
+    shown = io.StringIO()  # which can't be reconfigured
+    shown.isatty = lambda: is_terminal
+    chat("-max_new_tokens=5", "-show", stdin=io.StringIO("abc\n"), stdout=shown, stderr=shown)
     expected = r"Completion:\nabc[a-z\s]{5}\nbits per character: .*\n"
-    assert re.fullmatch(expected, shown.getvalue()) and errors.getvalue() == ""
+    assert re.fullmatch(expected, shown.getvalue())
 
 
 @pytest.mark.parametrize("flags", [(), ("-prompt=a",), ("-prompt=a", "-show")])
@@ -281,11 +283,17 @@ def test_streams_may_be_missing(chat, flags):
 
 
 @pytest.mark.parametrize("encoding", ["gbk", "ascii", "cp1252"])
-def test_the_encoding_of_a_terminal_is_respected(chat, folder, encoding):
-    save(folder / "chinese.pkl", "\nab中文\N{THAI CHARACTER KO KAI}")  # GBK does not have the last
+def test_the_encoding_of_a_terminal_is_respected(chat, encoding):
+    characters = "\nab中文\N{THAI CHARACTER KO KAI}"  # GBK does not have the last
     stream = io.TextIOWrapper(io.BytesIO(), encoding, newline="\n", write_through=True)
-    flags = ("-model=chinese.pkl", "-max_new_tokens=60", "-seed=1")
-    done = chat(*flags, typed=b"ab\xff\xff\n", encoding=encoding, stdout=stream)
+    done = chat(
+        "-max_new_tokens=60",
+        "-seed=1",
+        characters=characters,
+        typed=b"ab\xff\xff\n",
+        encoding=encoding,
+        stdout=stream,
+    )
     shown = answers(stream.buffer.getvalue().decode(encoding))[0]
     assert shown.startswith("ab") and len(shown) == 2 + 60 and "?" in shown
     assert ("中" in shown) == (encoding == "gbk") and "left out" in done.stderr

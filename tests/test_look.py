@@ -13,13 +13,12 @@ import subprocess
 
 import pytest
 import torch
-from conftest import assert_fails, read_folder
+from conftest import assert_fails, put, read_folder
 from reference import PlainGPT
 
 from model import GPTLanguageModel, Vocabulary, load_model, save_model
 
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-BROWSERS = [path for path in map(shutil.which, NAMES) if path]
+BROWSERS = [*filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome")))]
 OPTIONS = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
 HIDDEN = "\u2028\u202e\ud800\0\x1b\x85\t\r"  # can't be seen, or would do something to the text
 HOSTILE = f"</script><!--<b>&amp;$DATA🙂e\u0301\n{HIDDEN}"
@@ -32,11 +31,11 @@ def look(tmp_path, run_main):
     def run(*flags, characters="\n abcdefgh", shape=(24, 3, 2, 16), typed=""):
         torch.manual_seed(1)
         model = GPTLanguageModel(len(set(characters)), *shape)
-        for weights in model.parameters():
-            weights.data *= 8  # or every head would look at all characters alike
+        weights = model.state_dict()  # as they are, every head would look at all characters alike
+        model.load_state_dict({name: 8 * weight for name, weight in weights.items()})
         save_model(tmp_path / "model-01.pkl", model, Vocabulary(characters))
-        flags = ["-look=page.html", "-temperature=0", "-max_new_tokens=6", *flags]
-        done = run_main("chatbot.py", "-device=cpu", *flags, stdin=io.StringIO(typed))
+        fixed = ("-device=cpu", "-look=page.html", "-temperature=0", "-max_new_tokens=6")
+        done = run_main("chatbot.py", *fixed, *flags, stdin=io.StringIO(typed))
         page = read_folder(tmp_path).get("page.html", b"").decode()
         found = re.search('<script type="application/json" id="data">(.*?)</script>', page)
         return done, page, json.loads(found[1]) if found else None
@@ -82,8 +81,7 @@ def test_no_text_can_be_markup(look, flags):
 def test_each_answer_is_shown_up_to_its_stop_and_the_next_takes_its_place(look):
     full = look("-prompt=bad")[2]["text"]
     stop = full[5:7]
-    flags = ("-show", "-stop", stop.replace("\n", r"\n"))
-    done, _, data = look(*flags, typed="abc\nbad\n")
+    done, _, data = look("-show", "-stop", stop.replace("\n", r"\n"), typed="abc\nbad\n")
     assert data["text"] == "bad" + full[3:].partition(stop)[0]
     assert done.stderr == "wrote page.html; open it in a browser\n" * 2
 
@@ -112,9 +110,13 @@ const seen = { texts, guesses: all("td").map(see), rows: all(".row").length, abo
   .textContent, read: $("read").textContent, place: $("place").value };
 document.body.replaceChildren(JSON.stringify(seen));
 """
-PRESS = "".join(f"onkeydown({{key: 'Arrow{way}'}});" for way in ("Right", "Right", "Left"))
-POINT = "characters[5].dispatchEvent(new PointerEvent('pointerover', {bubbles: true}));"
-SLIDE = "$('place').value = 6; $('place').dispatchEvent(new Event('input'));"
+ACTIONS = {  # by what is behind the address of the page
+    "#6": "",
+    "#5": "for (const way of ['Right', 'Right', 'Left']) onkeydown({ key: `Arrow${way}` });",
+    "": "characters[5].dispatchEvent(new PointerEvent('pointerover', { bubbles: true }));"
+    "choose(16);",
+    "#bad": "$('place').value = 6; $('place').dispatchEvent(new Event('input'));",
+}
 
 
 def named(character: str) -> str:
@@ -127,37 +129,34 @@ def named(character: str) -> str:
 @pytest.mark.parametrize(
     "prompt, characters", [("abcd", "\n abcdefgh"), (HOSTILE, HOSTILE)], ids=["plain", "hostile"]
 )
-@pytest.mark.parametrize(
-    "place, script", [("#6", ""), ("#5", PRESS), ("", POINT + "choose(16)"), ("#bad", SLIDE)]
-)
-def test_a_person_sees_text_guesses_and_boxes(look, tmp_path, prompt, characters, place, script):
+@pytest.mark.parametrize("place", ACTIONS)
+def test_a_person_sees_text_guesses_and_boxes(look, tmp_path, capfd, prompt, characters, place):
     _, page, data = look("-prompt", prompt, characters=characters)
-    address = tmp_path / "seen.html"
-    address.write_text(f"{page}<script>{script}</script><script>{SEEN}</script>", "utf-8")
-    command = [BROWSERS[0], *OPTIONS, f"--user-data-dir={tmp_path}", address.as_uri() + place]
-    # To files: at a time-out, pipes would be waited for until all of Chromium's processes end.
-    shown, errors = tmp_path / "shown.html", tmp_path / "errors"
-    with open(shown, "wb") as stdout, open(errors, "wb") as stderr:
-        subprocess.run(command, stdout=stdout, stderr=stderr, timeout=60)
-    assert "CONSOLE" not in errors.read_text("utf-8"), errors.read_text("utf-8")
-    body = re.search("<body>(.*)</body>", shown.read_text("utf-8"))[1]
-    seen = json.loads(html.unescape(body))
+    put(tmp_path, {"seen.html": f"{page}<script>{ACTIONS[place]}{SEEN}</script>".encode()})
+    address = (tmp_path / "seen.html").as_uri() + place
+    # To the files of capfd: at a time-out, pipes would be waited for until all of Chromium's
+    # processes end.
+    subprocess.run([BROWSERS[0], *OPTIONS, f"--user-data-dir={tmp_path}", address], timeout=60)
+    shown, errors = capfd.readouterr()
+    assert "CONSOLE" not in errors, errors
+    seen = json.loads(html.unescape(re.search("<body>(.*)</body>", shown)[1]))
     text, *boxes = seen["texts"]
     length, start = len(data["text"]), data["start"]
     assert seen["read"].startswith(f"“{named(data['text'][5])}” is character 6 of {length}, ")
-    assert ("no more at once" in seen["about"]) == (prompt == HOSTILE) and seen["place"] == "6"
+    assert ("no more at once" in seen["about"]) == (prompt == HOSTILE)
+    assert (seen["place"], seen["rows"]) == ("6", 2)
 
-    running = {" ": " ", "\n": "↵\n"}
-    shown = [running.get(character, named(character)) for character in data["text"]]
-    assert all([sign for _, sign, _ in part] == shown for part in seen["texts"])
+    signs = [{" ": " ", "\n": "↵\n"}.get(character, named(character)) for character in data["text"]]
+    assert [[sign for _, sign, _ in part] for part in seen["texts"]] == [signs] * (1 + 2 * 3)
     kinds = [*["prompt"] * start, "start", *[""] * (length - start - 1)]
     kinds[5] = f"{kinds[5]} chosen".strip()
     assert [kind for kind, *_ in text] == kinds
 
-    assert len(boxes) == 2 * 3 and seen["rows"] == 2
-    for box, looks in zip(boxes, [*data["attention"][0], *data["attention"][1]]):
-        assert [kind for kind, *_ in box] == [*[""] * 5, "chosen", *[""] * (length - 6)]
-        assert [strength**2 / 1000 for *_, strength in box[:6]] == pytest.approx(looks[5])
+    kinds = [*[""] * 5, "chosen", *[""] * (length - 6)]
+    assert [[kind for kind, *_ in box] for box in boxes] == [kinds] * 6
+    strengths = [strength**2 / 1000 for box in boxes for *_, strength in box[:6]]
+    looks = [share for heads in data["attention"] for head in heads for share in head[5]]
+    assert strengths == pytest.approx(looks)
 
     fives = [five for block in data["guesses"] for five in block[5]]
     expected = [["right" * (c == data["text"][6]), named(c), share] for c, share in fives]

@@ -51,13 +51,15 @@ for prefix in ("", "module-", "cuda-"):
             kind.__module__ = "my.gpt_2"
     if prefix == "cuda-":  # as if the storages were on a GPU
         torch.serialization.register_package(0, lambda _: "cuda:0", lambda *_: None)
-    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
-        content = pickle.dumps(model, protocol)
-        (folder / f"{prefix}protocol-{protocol}.pkl").write_bytes(content)
+    pickles = {
+        f"protocol-{number}": pickle.dumps(model, number)
+        for number in range(pickle.HIGHEST_PROTOCOL + 1)
+    }
+    pickles["pickled_state_dict"] = pickle.dumps(model.state_dict())
+    for name, content in pickles.items():
+        (folder / f"{prefix}{name}.pkl").write_bytes(content)
     torch.save(model, folder / f"{prefix}saved.pkl")
     torch.save(model.state_dict(), folder / f"{prefix}state_dict.pkl")
-    content = pickle.dumps(model.state_dict())
-    (folder / f"{prefix}pickled_state_dict.pkl").write_bytes(content)
 
 expected = {path.name: logits.detach() for path in folder.glob("*.pkl")}
 torch.save((index, expected), folder / "logits.pt")
