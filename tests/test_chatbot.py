@@ -1,19 +1,25 @@
 """chatbot.py: where prompts come from, how they are completed and shown, how a chat ends.
 
-The page of -look is in test_look.py, flags and damaged files are in test_bad_input.py.
+Then the page of -look: its numbers are compared with the plain maths in reference.py, and Chromium,
+where there is one, shows what a person would see. Flags and damaged files are in test_bad_input.py.
 """
 
 import errno
+import html
 import io
+import json
 import os
 import re
+import shutil
 import signal
+import subprocess
 import time
 from unittest.mock import Mock, patch
 
 import pytest
 import torch
-from conftest import MISSING, assert_fails, signals, wait_until_shown
+from conftest import MISSING, assert_fails, put, read_folder, signals, wait_until_shown
+from reference import PlainGPT
 
 import chatbot
 from model import GPTLanguageModel, Vocabulary, load_model, save_model
@@ -45,9 +51,10 @@ class Terminal(io.TextIOWrapper):
         return self.buffer.getvalue().decode()
 
 
-def save(folder, characters: str = CHARACTERS) -> None:
+def save(folder, characters=CHARACTERS, shape=(16, 2, 1, 16), scale=1) -> None:
     torch.manual_seed(1)
-    model = GPTLanguageModel(len(characters), 16, 2, 1, block_size=16)
+    model = GPTLanguageModel(len(set(characters)), *shape)
+    model.load_state_dict({name: scale * weights for name, weights in model.state_dict().items()})
     save_model(folder / "model-01.pkl", model, Vocabulary(characters))
 
 
@@ -55,11 +62,20 @@ def save(folder, characters: str = CHARACTERS) -> None:
 def chat(tmp_path, run_main):
     """`chat("-top_k", 3, typed=b"one\\n")` runs chatbot.py with this piped in.
 
-    The model is small and untrained; it knows these characters.
+    The model is one that `save` makes: small, untrained, and it knows these characters.
     """
 
-    def run(*flags, characters=CHARACTERS, typed=b"", encoding="utf-8", status=0, **streams):
-        save(tmp_path, characters)
+    def run(
+        *flags,
+        characters=CHARACTERS,
+        shape=(16, 2, 1, 16),
+        scale=1,
+        typed=b"",
+        encoding="utf-8",
+        status=0,
+        **streams,
+    ):
+        save(tmp_path, characters, shape, scale)
         streams = {"stdin": io.TextIOWrapper(io.BytesIO(typed), encoding), **streams}
         done = run_main("chatbot.py", "-device=cpu", *flags, **streams)
         assert done.returncode == status, done.stderr
@@ -70,8 +86,7 @@ def chat(tmp_path, run_main):
 
 def answers(output: str) -> list[str]:
     """Return what stands below each "Completion:", without the line of -show."""
-    output = re.sub("bits per character: .*\n", "", output)
-    return [answer.removesuffix("\n") for answer in re.split("Completion.*:\n", output)[1:]]
+    return re.findall(r"(?s)Completion[ \d]*:\n(.*?)\n(?=Completion|bits per|\Z)", output)
 
 
 @pytest.mark.parametrize("prompt", ["hello", "the quick brown fox jumps over the lazy dog"])
@@ -81,7 +96,7 @@ def test_a_prompt_is_completed_by_150_characters_also_one_longer_than_the_window
 
 
 def test_seed_and_temperature_decide_the_answer(chat):
-    runs = {
+    runs = {  # the first flag changes nothing
         flag: {chat("-prompt=a", "-max_new_tokens=40", flag).stdout for _ in range(3)}
         for flag in ("-batch_size=1", "-seed=1", "-seed=2", "-temperature=0", "-top_k=1")
     }
@@ -102,12 +117,13 @@ def test_several_completions_are_made_together_and_no_further_than_one_needs(str
 
 
 @pytest.mark.parametrize("flag", ["-seed=1", "-temperature=0", "-top_k=4", "-batch_size=2"])
-@pytest.mark.parametrize("first", ["", "\t"])
+@pytest.mark.parametrize("first", ["", "\t"])  # takes the first id from the line end
 @pytest.mark.parametrize(
     "characters, prompt, read, notice",
     [
         (CHARACTERS, "aÄbÄ🙂c\x1b", "abc", "left out: '\\x1b' 'Ä' '🙂'\n"),
-        (CHARACTERS, "ÄÖ", "\n", "left out: 'Ä' 'Ö'\n"),  # something to go on from
+        # With nothing known, an answer goes on from a line end.
+        (CHARACTERS, "ÄÖ", "\n", "left out: 'Ä' 'Ö'\n"),
         (CHARACTERS, "", "\n", ""),
         ("ab\ufffd🙂", "aÄ\ufffdb🚀", "a\ufffd\ufffdb\ufffd", "replaced by U+FFFD: 'Ä' '🚀'\n"),
         ("ab\ufffd🙂", "ab\ufffd", "ab\ufffd", ""),
@@ -149,8 +165,7 @@ def test_a_backslash_and_an_n_mean_a_line_end(chat):
 def test_a_prompt_file_is_decoded_as_a_text_of_the_corpus_is(chat, tmp_path, mark, encoding, end):
     # In a file, a backslash and an n are themselves; in a prompt, the Ä keeps them apart.
     (tmp_path / "prompt.txt").write_bytes(mark + rf"ab\nÄc{end}def{end}".encode(encoding))
-    expected = chat(*SHORT, "-prompt", "ab\\Änc\ndef\n")
-    done = chat(*SHORT, "-prompt_file=prompt.txt")
+    done, expected = chat(*SHORT, "-prompt_file=prompt.txt"), chat(*SHORT, "-prompt=ab\\Änc\ndef\n")
     assert (done.stdout, done.stderr) == (expected.stdout, expected.stderr)
 
 
@@ -334,3 +349,148 @@ def test_what_nobody_foresaw_keeps_its_traceback(chat, monkeypatch, error):
     monkeypatch.setattr("chatbot.answer", Mock(side_effect=error))
     with pytest.raises(type(error), match=error.args[-1]):
         chat("-prompt=a")
+
+
+# The page of -look --------------------------------------------------------------------------------
+
+BROWSERS = [
+    name for name in ("chromium", "chromium-browser", "google-chrome") if shutil.which(name)
+]
+OPTIONS = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
+HIDDEN = "\u2028\u202e\ud800\0\x1b\x85\t\r"  # can't be seen, or would do something to the text
+HOSTILE = f"</script><!--<b>&amp;$DATA🙂e\u0301\n{HIDDEN}"
+
+
+@pytest.fixture
+def look(tmp_path, chat):
+    """`look("-prompt=a", characters="abc")` gives how the chat ended, its page and the data."""
+
+    def run(*flags, characters="\n abcdefgh", shape=(24, 3, 2, 16), **options):
+        fixed = ("-look=page.html", "-temperature=0", "-max_new_tokens=6")
+        # With usual weights, every head would look at all characters alike.
+        done = chat(*fixed, *flags, characters=characters, shape=shape, scale=8, **options)
+        page = read_folder(tmp_path).get("page.html", b"").decode()
+        found = re.search('<script type="application/json" id="data">(.*?)</script>', page)
+        return done, page, json.loads(found[1]) if found else None
+
+    return run
+
+
+@pytest.mark.parametrize("shape", [(24, 3, 2, 16), (8, 1, 1, 20), (12, 2, 3, 5), (4, 1, 1, 1)])
+@pytest.mark.parametrize("characters", ["\n abcdefgh", "ab "])
+def test_the_numbers_are_those_of_the_plain_maths(look, tmp_path, shape, characters):
+    done, _, data = look("-prompt=ab ", characters=characters, shape=shape)
+    length = min(9, shape[3])
+    assert data["text"] == done.stdout.removeprefix("Completion:\n")[:-1][-length:]
+    assert (data["cut"], data["start"]) == (9 - length, 3 - (9 - length))
+    model, vocabulary = load_model(tmp_path / "model-01.pkl")
+    plain = PlainGPT(**model.config).eval()
+    plain.load_state_dict(model.state_dict())
+    ids = torch.tensor([vocabulary.encode(data["text"])])
+    weights, chances = plain.inside(ids)
+    given = chances[-1, :-1].gather(1, ids[0, 1:, None])[:, 0]
+    assert data["bits"] == pytest.approx((-given.log2()).tolist(), abs=2e-3)
+    # The rows of each head are a triangle; zeros make it the square that it is in the maths.
+    square = [
+        [[row + [0] * (length - t - 1) for t, row in enumerate(head)] for head in heads]
+        for heads in data["attention"]
+    ]
+    torch.testing.assert_close(torch.tensor(square) / 1000, weights, atol=6e-4, rtol=0)
+    best = chances.topk(min(5, len(vocabulary))).values
+    shares = [[[share for _, share in five] for five in steps] for steps in data["guesses"]]
+    named = [[vocabulary.encode(dict(five)) for five in steps] for steps in data["guesses"]]
+    torch.testing.assert_close(torch.tensor(shares) / 1000, best, atol=6e-4, rtol=0)
+    torch.testing.assert_close(chances.gather(2, torch.tensor(named)), best, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("flags", [(), ("-show",), ("-stop=\ud800",)])
+def test_no_text_can_be_markup(look, flags):
+    _, page, data = look("-prompt", HOSTILE, *flags, characters=HOSTILE)
+    assert data["start"] + data["cut"] == len(HOSTILE) and len(data["text"]) == 16
+    written = page[page.index('id="data">') : page.rindex("<script>")]
+    assert written.isascii() and written.count("<") == 1  # where the data end
+
+
+def test_each_answer_is_shown_up_to_its_stop_and_the_next_takes_its_place(look):
+    full = look("-prompt=bad")[2]["text"]
+    stop = full[5:7]
+    done, _, data = look("-show", "-stop", stop.replace("\n", r"\n"), typed=b"abc\nbad\n")
+    assert data["text"] == "bad" + full[3:].partition(stop)[0]
+    assert done.stderr == "wrote page.html; open it in a browser\n" * 2
+
+
+@pytest.mark.parametrize(
+    "flag, status, message",
+    [
+        ("-look=gone/page.html", 1, "gone/page.html: "),
+        ("-look=.", 1, r"\.: "),
+        ("-batch_size=2", 2, "argument -look: shows one completion only"),
+        ("-look=model-01.pkl", 2, "argument -look: model-01.pkl is no name for a page"),
+    ],
+)
+def test_what_can_be_foreseen_is_one_line_and_leaves_nothing(look, tmp_path, flag, status, message):
+    assert_fails(look("-prompt=a", flag, status=status)[0], message, status)
+    assert list(read_folder(tmp_path)) == ["model-01.pkl"]
+    assert load_model(tmp_path / "model-01.pkl")
+
+
+# What a person sees, as data: of each character and guess its class, text and strength
+SEEN = """
+const all = (names, parent = document) => [...parent.querySelectorAll(names)];
+const see = part => [part.className, part.textContent, +part.style.getPropertyValue("--share")];
+const texts = all(".text").map(text => all("span", text).map(see));
+const seen = { texts, guesses: all("td").map(see), rows: all(".row").length, about: $("about")
+  .textContent, read: $("read").textContent, place: $("place").value };
+document.body.replaceChildren(JSON.stringify(seen));
+"""
+ACTIONS = {  # what a person does, by what stands behind the page's address at first
+    "#6": "",
+    "#5": "for (const way of ['Right', 'Right', 'Left']) onkeydown({ key: `Arrow${way}` });",
+    "": "characters[5].dispatchEvent(new PointerEvent('pointerover', { bubbles: true }));"
+    "choose(16);",
+    "#bad": "$('place').value = 6; $('place').dispatchEvent(new Event('input'));",
+}
+
+
+def named(character: str) -> str:
+    """Return how the page names a single character."""
+    sign = f"\\u{{{ord(character):x}}}" if character in HIDDEN else character
+    return {" ": "␣", "\n": "↵"}.get(character, sign)
+
+
+@pytest.mark.skipif(not BROWSERS, reason="there is no Chromium here")
+@pytest.mark.parametrize(
+    "prompt, characters", [("abcd", "\n abcdefgh"), (HOSTILE, HOSTILE)], ids=["plain", "hostile"]
+)
+@pytest.mark.parametrize("place", ACTIONS)
+def test_a_person_sees_text_guesses_and_boxes(look, tmp_path, capfd, prompt, characters, place):
+    _, page, data = look("-prompt", prompt, characters=characters)
+    put(tmp_path, {"seen.html": f"{page}<script>{ACTIONS[place]}{SEEN}</script>".encode()})
+    address = (tmp_path / "seen.html").as_uri() + place
+    # Into capfd's files: pipes would, at a time-out, be waited for until all its processes end.
+    subprocess.run([BROWSERS[0], *OPTIONS, f"--user-data-dir={tmp_path}", address], timeout=60)
+    shown, errors = capfd.readouterr()
+    assert "CONSOLE" not in errors, errors
+    seen = json.loads(html.unescape(re.search("<body>(.*)</body>", shown)[1]))
+    text, *boxes = seen["texts"]
+    length, start = len(data["text"]), data["start"]
+    assert seen["read"].startswith(f"“{named(data['text'][5])}” is character 6 of {length}, ")
+    assert ("no more at once" in seen["about"]) == (prompt == HOSTILE)
+    assert (seen["place"], seen["rows"]) == ("6", 2)
+
+    signs = [{" ": " ", "\n": "↵\n"}.get(character, named(character)) for character in data["text"]]
+    assert [[sign for _, sign, _ in part] for part in seen["texts"]] == [signs] * (1 + 2 * 3)
+    kinds = [*["prompt"] * start, "start", *[""] * (length - start - 1)]
+    kinds[5] = f"{kinds[5]} chosen".strip()
+    assert [kind for kind, *_ in text] == kinds
+
+    chosen = [*[""] * 5, "chosen", *[""] * (length - 6)]
+    assert [[kind for kind, *_ in box] for box in boxes] == [chosen] * 6
+    strengths = [strength**2 / 1000 for box in boxes for *_, strength in box[:6]]
+    looks = [share for heads in data["attention"] for head in heads for share in head[5]]
+    assert strengths == pytest.approx(looks)
+
+    fives = [five for block in data["guesses"] for five in block[5]]
+    expected = [["right" * (c == data["text"][6]), named(c), share] for c, share in fives]
+    guesses = [[kind, sign.partition(" ")[0], share] for kind, sign, share in seen["guesses"]]
+    assert guesses == expected and len(guesses) == 3 * 5
