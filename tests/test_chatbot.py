@@ -116,8 +116,10 @@ def test_several_completions_are_made_together_and_no_further_than_one_needs(str
     assert re.fullmatch(r"(Completion \d:\nabc[b-z\s]*\n){3}", done.stdout)
 
 
-@pytest.mark.parametrize("flag", ["-seed=1", "-temperature=0", "-top_k=4", "-batch_size=2"])
-@pytest.mark.parametrize("first", ["", "\t"])  # takes the first id from the line end
+@pytest.mark.parametrize(
+    "flag, first",  # a tab takes the first id from the line end
+    [("-seed=1", ""), ("-temperature=0", "\t"), ("-top_k=4", ""), ("-batch_size=2", "\t")],
+)
 @pytest.mark.parametrize(
     "characters, prompt, read, notice",
     [
