@@ -26,9 +26,8 @@ def tar(members: dict[str, bytes] | list, format: int = tarfile.GNU_FORMAT) -> b
     """A tar of texts by name, or of (name or TarInfo, content) pairs."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=format) as archive:
-        for info, content in members.items() if isinstance(members, dict) else members:
-            if isinstance(info, str):
-                info = member(info, size=len(content))
+        for name, content in dict(members).items():
+            info = member(name, size=len(content)) if isinstance(name, str) else name
             archive.addfile(info, io.BytesIO(content) if content else None)
     return buffer.getvalue()
 
@@ -42,14 +41,12 @@ def member(
 
 
 def v7(members: dict[str, bytes]) -> bytes:
-    """A tar from before there was a standard: without the word `ustar` in its headers."""
+    """A tar from before there was a standard: a header is a name, a size and a check sum."""
     data = b""
     for name, content in members.items():
-        header = bytearray(member(name, size=len(content)).tobuf(tarfile.USTAR_FORMAT))
-        header[257:512] = bytes(255)
-        header[148:156] = b" " * 8
-        header[148:156] = b"%06o\0 " % sum(header)
-        data += bytes(header) + content + bytes(-len(content) % 512)
+        fields = name.encode().ljust(124, b"\0") + b"%011o\0" % len(content)
+        header = fields.ljust(148, b"\0") + b"%06o\0 " % sum(fields + b" " * 8)
+        data += header.ljust(512, b"\0") + content + bytes(-len(content) % 512)
     return data + bytes(1024)
 
 
@@ -81,15 +78,15 @@ def shards(count: int) -> dict[str, list[bytes]]:
     }
 
 
-def as_tars(corpus: dict[str, list[bytes]], name: str = "{}.tar") -> dict[str, bytes]:
+def as_tars(corpus: dict[str, list[bytes]], name: str = "{}.tar", pack=bytes) -> dict[str, bytes]:
     return {
-        name.format(shard): tar({f"{i:07d}.txt": text for i, text in enumerate(texts)})
+        name.format(shard): pack(tar({f"{i:07d}.txt": text for i, text in enumerate(texts)}))
         for shard, texts in corpus.items()
     }
 
 
 def as_files(corpus: dict[str, list[bytes]], name: str = "openwebtext/{}.xz") -> dict[str, bytes]:
-    return {name: xz(data) for name, data in as_tars(corpus, name).items()}
+    return as_tars(corpus, name, xz)
 
 
 def as_outer_tars(corpus: dict[str, list[bytes]], name: str = "{}.tar") -> dict[str, bytes]:
@@ -100,12 +97,8 @@ def as_outer_tars(corpus: dict[str, list[bytes]], name: str = "{}.tar") -> dict[
     }
 
 
-def as_texts(corpus: dict[str, list[bytes]], name: str = "{}.txt") -> dict[str, bytes]:
-    return {name.format(shard): documents(texts).encode() for shard, texts in corpus.items()}
-
-
-def as_packed_texts(corpus: dict[str, list[bytes]]) -> dict[str, bytes]:
-    return {name: xz(text) for name, text in as_texts(corpus, "{}.xz").items()}
+def as_texts(corpus: dict[str, list[bytes]], name: str = "{}.txt", pack=bytes) -> dict[str, bytes]:
+    return {name.format(shard): pack(documents(texts).encode()) for shard, texts in corpus.items()}
 
 
 NESTINGS = {
@@ -123,7 +116,7 @@ NESTINGS = {
         **{name: data for name, data in as_outer_tars(corpus).items() if "subset01" in name},
     },
     "plain text": as_texts,
-    "packed text": as_packed_texts,
+    "packed text": lambda corpus: as_texts(corpus, "{}.xz", xz),
 }
 # Members of one tar.xz, which keep their order.
 IN_ONE_XZ = {
@@ -132,7 +125,7 @@ IN_ONE_XZ = {
     "outer tars without an ending": lambda corpus: as_outer_tars(corpus, "{}"),
     "tars": as_tars,
     "texts": as_texts,
-    "packed texts": as_packed_texts,
+    "packed texts": lambda corpus: as_texts(corpus, "{}.xz", xz),
     "tar.xz of tar.xz": lambda corpus: {"a.tar.xz": xz(tar(as_files(corpus, "{}.tar.xz")))},
 }
 
@@ -160,12 +153,6 @@ def plain(data: bytes) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def text_file(data: bytes) -> str:
-    """What a .txt comes to: a text of its own, which ends with a newline."""
-    text = plain(data)
-    return text if text.endswith("\n") or not text else text + "\n"
-
-
 def documents(contents: list[bytes]) -> str:
     texts = [plain(content).rstrip("\n") for content in contents]
     return "".join(f"{text}\n\n" for text in texts if text)
@@ -187,8 +174,7 @@ def read_three(folder: Path) -> list[bytes]:
 # Damage -------------------------------------------------------------------------------------------
 
 # Hardly compressible, so that damage falls into data.
-NOISE = random.Random(1).randbytes(15_000).hex().encode()
-PACKED = xz(tar({"a.txt": NOISE, "b.txt": NOISE}))
+PACKED = xz(tar(dict.fromkeys("ab", random.Random(1).randbytes(15_000).hex().encode())))
 SHORT = xz(tar({"a.txt": b"a" * 700}))
 OUTER = tar({"x/1.xz": SHORT, "x/2.xz": SHORT, "x/3.xz": SHORT})
 OUTER_MEMBER = 512 + len(SHORT) + -len(SHORT) % 512
