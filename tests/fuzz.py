@@ -1,8 +1,9 @@
 """Read model files as the scripts do, in a process of its own, since a bad file may hang or crash.
 
-`python fuzz.py FOLDER [FIRST COUNT]` prints a line of JSON for each file in the folder: its name,
-what came of it, and the seconds it took. With FIRST and COUNT, that many mutated files take the
-places of these; `mutate` makes one for each number. A file that takes too long ends the process.
+`python fuzz.py FOLDER [FIRST COUNT]` prints a line of JSON for each model file in the folder: its
+name and what came of it. With FIRST and COUNT, that many mutated files take the places of these;
+`mutate` makes one for each number. A file that takes too long ends the process. The folder's
+vocab.txt goes with the models that have none.
 """
 
 import faulthandler
@@ -11,39 +12,36 @@ import json
 import os
 import random
 import sys
-import time
 import zipfile
 from contextlib import redirect_stderr
 from pathlib import Path
 
 import torch
+from hostile import zipped
 from steps import Steps, new_run, settle
 
 import training
-from model import ModelFileError, Vocabulary, explain, load_model
+from model import Vocabulary, explain, load_model
 
 SECONDS, GIGABYTES = 60, 1  # that a file may take
 
 
 def mutate_bytes(data: bytes, chance: random.Random) -> bytes:
     """Change a few bits or bytes in one to three places."""
-    data = bytearray(data)
     for _ in range(chance.choice((1, 1, 1, 2, 3))):
         start = chance.randrange(len(data) + 1)
+        before, after = data[:start], data[start:]
         length = chance.choice((1, 2, 4, 8, 64, 1000))
-        kind = chance.choice(("cut", "flip", "flip", "flip", "overwrite", "insert", "remove"))
-        if kind == "flip" and start < len(data):
-            data[start] ^= 1 << chance.randrange(8)
         noise = chance.choice((bytes(length), b"\xff" * length, chance.randbytes(length)))
-        if kind == "overwrite":
-            data[start : start + length] = noise
-        elif kind == "insert":
-            data[start:start] = noise
-        elif kind == "remove":
-            del data[start : start + length]
-        elif kind == "cut":
-            del data[start:]
-    return bytes(data)
+        flipped = bytes([byte ^ 1 << chance.randrange(8) for byte in after[:1]]) + after[1:]
+        changed = (
+            *(b"", flipped, flipped, flipped),  # cut, or flipped
+            noise + after[length:],  # overwritten
+            noise + after,  # inserted
+            after[length:],  # removed
+        )
+        data = before + chance.choice(changed)
+    return data
 
 
 def mutate(data: bytes, number: int) -> bytes:
@@ -55,18 +53,12 @@ def mutate(data: bytes, number: int) -> bytes:
         members = {name: archive.read(name) for name in archive.namelist()}
     pickled = next(name for name in members if name.endswith("data.pkl"))
     name = pickled if chance.random() < 0.8 else chance.choice(sorted(members))
-    members[name] = mutate_bytes(members[name], chance)
-    mutated = io.BytesIO()
-    with zipfile.ZipFile(mutated, "w") as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
-    return mutated.getvalue()
+    return zipped({**members, name: mutate_bytes(members[name], chance)})
 
 
 def load(path: Path) -> None:
     """Load and use a model as chatbot.py does."""
-    given = path.with_name("vocab.txt")
-    given = Vocabulary.from_file(given) if given.exists() else None
+    given = Vocabulary.from_file(path.with_name("vocab.txt"))
     model, vocabulary = load_model(path, vocabulary=given)
     text = model.generate(torch.zeros(1, 1, dtype=torch.long), 3, temperature=1.0)
     assert len(vocabulary.decode(text[0].tolist())) == 4
@@ -90,21 +82,17 @@ def outcome(path: Path) -> str:
         with redirect_stderr(errors):
             use(path)
         return "works"
-    except (ModelFileError, OSError, training.TrainingError) as error:
-        return f"refused: {error}"
     except SystemExit:
         return f"refused: {errors.getvalue().strip()}"
-    except Exception as error:
-        message = explain(error)  # of too little memory
-        return f"refused: {path}: {message}" if message else f"{type(error).__name__}: {error}"
+    except Exception as error:  # as in main() of training.py
+        message = str(error) if isinstance(error, training.TrainingError) else explain(error)
+        return f"refused: {message}" if message else f"{type(error).__name__}: {error}"
 
 
 def report(path: Path, name: str) -> None:
     faulthandler.dump_traceback_later(SECONDS, exit=True)
-    started = time.perf_counter()
-    result = outcome(path)
+    print(json.dumps([name, outcome(path)]), flush=True)
     faulthandler.cancel_dump_traceback_later()
-    print(json.dumps([name, result, round(time.perf_counter() - started, 3)]), flush=True)
 
 
 def limit_memory() -> None:
@@ -116,14 +104,13 @@ def limit_memory() -> None:
 
 
 def main(folder: Path, first: int = 0, count: int = 0) -> None:
-    sources = sorted(folder.glob("*.pkl"))
-    contents = [path.read_bytes() for path in sources]
+    sources = [(path, path.read_bytes()) for path in sorted(folder.glob("*.pkl"))]
     limit_memory()
-    for path in sources:
+    for path, _ in sources:
         report(path, path.name)
     for number in range(first, first + count):
-        path = sources[number % len(sources)]  # its own name, as a state belongs to a model's name
-        path.write_bytes(mutate(contents[number % len(sources)], number))
+        path, content = sources[number % len(sources)]
+        path.write_bytes(mutate(content, number))  # its own name: a state belongs to a model's name
         report(path, f"{number} {path.name}")
 
 

@@ -12,7 +12,6 @@ import struct
 import subprocess
 import sys
 import zipfile
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,41 +19,50 @@ import torch
 # Calls --------------------------------------------------------------------------------------------
 
 
-class Call:
-    """Pickled, it is a call that is made when the pickle is read."""
-
-    def __init__(self, function, *arguments):
-        self.called = (function, arguments)
+class Call(tuple):
+    """A function and its arguments: pickled, a call that is made when the pickle is read."""
 
     def __reduce__(self):
-        return self.called
+        return self[0], self[1:]
 
 
 def calls(folder: Path) -> dict[str, Call]:
     """Return calls that leave a file `ran` in the folder."""
     code = f"open({str(folder / 'ran')!r}, 'w').close()"
     (folder / "hubconf.py").write_text(f"def make():\n    {code}\n", encoding="utf-8")
-    legacy = io.BytesIO()
-    torch.save(Call(exec, code), legacy, _use_new_zipfile_serialization=False)
+    load_hub = functools.partial(torch.hub.load, source="local")
+    legacy = torch_dumps(Call((exec, code)), _use_new_zipfile_serialization=False)
     script = [sys.executable, "-c", code]
     return {
-        "os.system": Call(os.system, subprocess.list2cmdline(script)),
-        "exec": Call(exec, code),
-        "Popen": Call(subprocess.Popen, script),
-        "_load_from_bytes": Call(torch.storage._load_from_bytes, legacy.getvalue()),
-        "torch.hub.load": Call(partial(torch.hub.load, source="local"), str(folder), "make"),
-        "partial": Call(functools.reduce, partial(exec), [code, {}]),
+        "os.system": Call((os.system, subprocess.list2cmdline(script))),
+        "exec": Call((exec, code)),
+        "Popen": Call((subprocess.Popen, script)),
+        "_load_from_bytes": Call((torch.storage._load_from_bytes, legacy)),
+        "torch.hub.load": Call((load_hub, str(folder), "make")),
+        "partial": Call((functools.reduce, functools.partial(exec), [code, {}])),
     }
 
 
-def as_archive(pickled: bytes, *members: tuple[str, bytes]) -> bytes:
-    """Return what torch.save makes of a pickle."""
+# Archives -----------------------------------------------------------------------------------------
+
+
+def torch_dumps(content, **options) -> bytes:
+    """Return what torch.save writes, as pickle.dumps does for pickle.dump."""
+    file = io.BytesIO()
+    torch.save(content, file, **options)
+    return file.getvalue()
+
+
+def zipped(members: dict[str, bytes]) -> bytes:
+    """Return a zip archive, as torch.save makes one, of these files by name."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
-        plain = (("m/data.pkl", pickled), ("m/version", b"3\n"), ("m/byteorder", b"little"))
-        for name, content in (*plain, *members):
+        for name, content in members.items():
             archive.writestr(name, content)
     return file.getvalue()
+
+
+BESIDE_A_PICKLE = {"m/version": b"3\n", "m/byteorder": b"little"}  # in an archive of torch.save
 
 
 # Pickles written by hand --------------------------------------------------------------------------
@@ -97,26 +105,28 @@ HAND_WRITTEN = {
     "a list as a key": b"\x80\x04}]K\x01s.",
     "a module for a weight": b"\x80\x04}" + text("token_embedding_table.weight") + STAND_IN + b"s.",
     "control characters": b"\x80\x04}" + text("model") + b"c\x1b]0;x\x07\x9b31m\nX\n" + b"s.",
-    "two pickles": as_archive(b"}.", ("n/data.pkl", b"}.")),
-    "an empty pickle": as_archive(b""),
+    "two pickles": zipped({"m/data.pkl": b"}.", **BESIDE_A_PICKLE, "n/data.pkl": b"}."}),
+    "an empty pickle": zipped({"m/data.pkl": b"", **BESIDE_A_PICKLE}),
 }
 
 
 def hostile_files(folder: Path, weights: dict) -> dict[str, bytes]:
-    """Return the files above, and all calls in all packagings, by name.
+    """Return the files above, and all calls in all packagings, by the name of a file.
 
     A call that is made leaves a file `ran` in the folder.
     """
     files = {**HAND_WRITTEN}
     for name, call in calls(folder).items():
         files |= {f"{name} {protocol}": pickle.dumps(call, protocol) for protocol in (0, 2, 4, 5)}
-        archive = as_archive(pickle.dumps({"weights": {}, "vocabulary": call}, 2))
-        files[f"{name} in an archive"] = archive
-        in_a_pickle = Call(torch.storage._load_from_bytes, archive)
-        files[f"{name} in an archive in a pickle"] = pickle.dumps(in_a_pickle)
+        pickled = pickle.dumps({"weights": {}, "vocabulary": call}, 2)
+        archive = zipped({"m/data.pkl": pickled, **BESIDE_A_PICKLE})
         checkpoint = {"model": weights, "more": call}
-        files[f"{name} beside weights"] = pickle.dumps(checkpoint)
-        buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)
-        files[f"{name} beside weights in an archive"] = buffer.getvalue()
-    return files
+        files |= {
+            f"{name} in an archive": archive,
+            f"{name} in an archive in a pickle": pickle.dumps(
+                Call((torch.storage._load_from_bytes, archive))
+            ),
+            f"{name} beside weights": pickle.dumps(checkpoint),
+            f"{name} beside weights in an archive": torch_dumps(checkpoint),
+        }
+    return {f"{name}.pkl": content for name, content in files.items()}
