@@ -27,8 +27,15 @@ from model import GPTLanguageModel
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"data_extract.py": data_extract, "training.py": training, "chatbot.py": chatbot}
-TINY = ["-batch_size=4", "-block_size=8", "-n_embd=16", "-n_head=2", "-n_layer=1"]
-TINY += ["-eval_iters=2", "-device=cpu"]
+TINY = [
+    "-batch_size=4",
+    "-block_size=8",
+    "-n_embd=16",
+    "-n_head=2",
+    "-n_layer=1",
+    "-eval_iters=2",
+    "-device=cpu",
+]
 PROGRESS = r"extracting|replacing|loss|\s*\d+%|\s*$"
 NOTICES = "no openwebtext|passed over|left out|.*there is no run to go on with"
 
@@ -108,17 +115,18 @@ def finished_run(tmp_path_factory) -> dict[str, bytes]:
 # Running a script ---------------------------------------------------------------------------------
 
 
-def popen_options(name: str, args: tuple, cwd: Path, processes: int = 1) -> dict:
+def popen_options(name: str, args: tuple, cwd: Path, processes: int = 1, **options) -> dict:
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     launcher = torchrun if processes > 1 else []
-    one_thread = {"OMP_NUM_THREADS": "1"}  # see the fixture of this name
     return {
         "args": [sys.executable, *launcher, str(ROOT / name), *map(str, args)],
         "cwd": cwd,
-        "env": {**os.environ, "PYTHONIOENCODING": "utf-8", **one_thread},
+        # One thread, as in the fixture of this name.
+        "env": {**os.environ, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"},
         "encoding": "utf-8",
         "stdout": subprocess.PIPE,
         "stderr": subprocess.PIPE,
+        **options,
     }
 
 
@@ -127,8 +135,9 @@ def run_script(tmp_path):
     """`run_script("chatbot.py", "-top_k", 3, stdin="…")` runs it to its end in its own process."""
 
     def run(name: str, *args, cwd: Path = tmp_path, stdin: str = "", timeout=60, **options):
-        options = popen_options(name, args, cwd) | options
-        return subprocess.run(**options, input=stdin, timeout=timeout)
+        return subprocess.run(
+            **popen_options(name, args, cwd, **options), input=stdin, timeout=timeout
+        )
 
     return run
 
@@ -143,7 +152,7 @@ def start_script(tmp_path):
 
         def start(name: str, *args, cwd: Path = tmp_path, processes: int = 1, **options):
             options = {"stdin": subprocess.DEVNULL, "start_new_session": True, **options}
-            options = popen_options(name, args, cwd, processes) | options
+            options = popen_options(name, args, cwd, processes, **options)
             process = ends.enter_context(subprocess.Popen(**options))
             ends.callback(end_group, process, processes)
             return process
@@ -232,8 +241,7 @@ class Output(io.StringIO):
 
 def notices(errors: str) -> list[str]:
     """Return the lines on standard error but those of progress bars."""
-    lines = re.findall(r"[^\r\n]+", errors)
-    return [line for line in lines if not re.match(PROGRESS, line)]
+    return [line for line in re.findall(r"[^\r\n]+", errors) if not re.match(PROGRESS, line)]
 
 
 def assert_fails(result: subprocess.CompletedProcess, message: str, status: int = 1) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ FORMER = {
     "model-01.metrics.csv": b"metrics",
 }
 KEPT = {name: name.replace("model-01", "model-01.old") for name in FORMER}
+FORMER_TEXTS = {name: name.encode() for name in NAMES}
 CHINESE = "".join(map(chr, range(0x4E00, 0x6E00)))
 
 
@@ -53,8 +55,11 @@ def run_here(tmp_path, run_main, short_samples):
     return run_main
 
 
-def check_training(folder) -> None:
-    """Each file is a former one, as it was, under one of its names, or a new one that is whole."""
+def check_training(folder, failed: bool) -> None:
+    """Each file is a former one, as it was, under one of its names, or a new one that is whole.
+
+    After a run that has not failed, both are there.
+    """
     files = read_folder(folder)
     for name, content in FORMER.items():
         assert content in (files.get(name), files.get(KEPT[name]))
@@ -65,59 +70,61 @@ def check_training(folder) -> None:
         else:
             load_model(folder / name)
     assert not list(folder.glob("*.tmp"))
+    assert failed or files.keys() >= {*FORMER, *KEPT.values()}
+
+
+def check_extraction(folder, failed: bool) -> None:
+    """The three files are the former ones, or new after a run that has not failed; that is all."""
+    whole = three_files([f"{'a' * 60_000}\n", f"{CHINESE}\n"])
+    assert read_three(folder) == (list(FORMER_TEXTS.values()) if failed else whole)
+    assert read_folder(folder).keys() == {*NAMES, ".filler"}
+
+
+TRAIN = ["training.py", *TINY, "-max_iters=2"]
+each_script = pytest.mark.parametrize(
+    ("command", "former", "check"),
+    [
+        ([*TRAIN, "-model=disk/model-01.pkl"], FORMER, check_training),
+        (["data_extract.py", "-data_dir=in", "-output_dir=disk"], FORMER_TEXTS, check_extraction),
+    ],
+    ids=["training", "extracting"],
+)
 
 
 @linux_root
-def test_training_on_a_disk_that_is_full_sooner_or_later(disk, run_here):
+@each_script
+def test_a_disk_that_is_full_sooner_or_later(disk, run_here, command, former, check):
     named = set()
     for free in [*range(0, 200, 12), 900]:
-        fill(disk, FORMER, free)
-        result = run_here("training.py", *TINY, "-max_iters=2", f"-model={disk / 'model-01.pkl'}")
-        check_training(disk)
-        if result.returncode:
-            assert_fails(result, "disk/.*: No space left on device")
-            named.add(result.stderr.split(": ")[-2])
-    assert result.returncode == 0 and read_folder(disk).keys() >= FORMER.keys() | set(KEPT.values())
-    assert named >= {str(disk / "model-01.state.pkl"), str(disk / "model-01.pkl")}
-
-
-@linux_root
-def test_extracting_to_a_disk_that_is_full_sooner_or_later(disk, run_here):
-    former, named = {name: name.encode() for name in NAMES}, set()
-    for free in [*range(0, 140, 8), 900]:
         fill(disk, former, free)
-        result = run_here("data_extract.py", "-data_dir=in", f"-output_dir={disk}")
+        result = run_here(*command)
+        check(disk, failed=result.returncode != 0)
         if result.returncode:
             assert_fails(result, "disk/.*: No space left on device")
-            named.add(result.stderr.split(": ")[-2])
-            (disk / ".filler").unlink()
-            assert read_folder(disk) == former
-    whole = three_files([f"{'a' * 60_000}\n", f"{CHINESE}\n"])
-    assert result.returncode == 0 and len(named) > 1 and read_three(disk) == whole
+            named.add(Path(result.stderr.split(": ")[-2]).name)
+    assert result.returncode == 0 and len(named) > 1
+    assert named >= {name for name in former if name.endswith(".pkl")}  # both, sooner or later
 
 
 @linux_root
-def test_a_folder_that_can_only_be_read_is_a_sentence_at_the_start(disk, run_here):
-    fill(disk, FORMER, free=900)
+@each_script
+def test_a_folder_that_can_only_be_read_is_a_sentence_at_the_start(
+    disk, run_here, command, former, check
+):
+    fill(disk, former, free=900)
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-    training = run_here("training.py", *TINY, f"-model={disk / 'model-01.pkl'}")
-    assert_fails(training, "disk/.*: Read-only file system")
-    extraction = run_here("data_extract.py", "-data_dir=in", f"-output_dir={disk}")
-    assert_fails(extraction, "disk/.*: Read-only file system")
-    check_training(disk)
+    assert_fails(run_here(*command), "disk/.*: Read-only file system")
+    check(disk, failed=True)
 
 
-def test_a_limit_on_file_sizes_is_named_and_leaves_the_former_model(tmp_path, run_here):
+def test_a_limit_on_file_sizes_is_named_and_leaves_the_former_model(tmp_path, run_here, request):
     resource = pytest.importorskip("resource", reason="Windows limits no sizes of files")
     put(tmp_path, FORMER)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    request.addfinalizer(partial(resource.setrlimit, resource.RLIMIT_FSIZE, limits))
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-    try:
-        result = run_here("training.py", *TINY, "-max_iters=2")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert_fails(result, "model-01.*: File too large")
-    check_training(tmp_path)
+    assert_fails(run_here(*TRAIN), "model-01.*: File too large")
+    check_training(tmp_path, failed=True)
 
 
 @pytest.mark.soak
