@@ -152,8 +152,9 @@ def start_script(tmp_path):
 
         def start(name: str, *args, cwd: Path = tmp_path, processes: int = 1, **options):
             options = {"stdin": subprocess.DEVNULL, "start_new_session": True, **options}
-            options = popen_options(name, args, cwd, processes, **options)
-            process = ends.enter_context(subprocess.Popen(**options))
+            process = ends.enter_context(
+                subprocess.Popen(**popen_options(name, args, cwd, processes, **options))
+            )
             ends.callback(end_group, process, processes)
             return process
 
@@ -181,8 +182,10 @@ def extract_here(monkeypatch):
     """Extract archives in this process, as others would not see what a test has changed."""
 
     def extract_all(archives, parts):
-        for index, archive in enumerate(archives):
-            yield data_extract.extract_archive(archive, parts / str(index))
+        return (
+            data_extract.extract_archive(archive, parts / str(index))
+            for index, archive in enumerate(archives)
+        )
 
     monkeypatch.setattr(data_extract, "extract_all", extract_all)
 

@@ -171,8 +171,9 @@ def test_memory_does_not_grow(texts):
 def test_no_memory_on_the_card_is_the_one_line_error(texts, run_main, request):
     request.addfinalizer(partial(torch.cuda.set_per_process_memory_fraction, 1.0))
     torch.cuda.set_per_process_memory_fraction(0.01)
-    large = ["-n_embd=1024", "-n_layer=12", "-batch_size=512"]
-    done = run_main("training.py", *TINY, f"-device={CARD}", *large)
+    done = run_main(
+        "training.py", *TINY, f"-device={CARD}", "-n_embd=1024", "-n_layer=12", "-batch_size=512"
+    )
     assert_fails(done, "not enough memory; try a smaller -batch_size, -n_embd or -block_size")
 
 

@@ -43,7 +43,6 @@ def watch(run: subprocess.Popen) -> tuple[float, int]:
 
 def check_extraction(start_script, folder: str, limit: int = 200) -> None:
     megabytes, files = watch(start_script("data_extract.py", f"-data_dir={folder}"))
-    print(f"{folder}: the largest process had {megabytes:.0f} MB, and {files} files open")
     assert megabytes < limit and files < 40
 
 

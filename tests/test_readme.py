@@ -10,8 +10,8 @@ import json
 import re
 import runpy
 import shlex
+import shutil
 import sys
-import zipfile
 
 import pytest
 import torch
@@ -28,11 +28,6 @@ PROSE = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
 NOTEBOOK, TABLES = re.findall(r"^```python\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 FIRST_SCREEN = PROSE.partition("\n## ")[0]
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PROSE, flags=re.MULTILINE | re.DOTALL))
-INLINE_CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
-
-# In a block at the beginning of a line or after another command, in the text in backticks. What
-# other programs do is not tried.
-COMMAND = re.compile(r"(?:^    |\$ |&& |`)((?:python|torchrun) [^`&\n]+)", re.MULTILINE)
 SMALL = {
     "data_extract.py": [],
     "training.py": [*TINY, "-max_iters=2"],
@@ -48,13 +43,18 @@ def reader(tmp_path, monkeypatch):
     """A folder with what a reader has who follows the page, but for `openwebtext`."""
     monkeypatch.chdir(tmp_path)
     book = b"abcdefgh \n" * 200
-    put(tmp_path, {f"{name}/text.txt": book for name in ("my_texts", "shakespeare")})
-    put(tmp_path, {"my_texts/book.txt.gz": gzip.compress(book)})
+    put(
+        tmp_path,
+        {
+            "my_texts/text.txt": book,
+            "my_texts/book.txt.gz": gzip.compress(book),
+            "shakespeare/input.txt": book,
+        },
+    )
+    shutil.make_archive("texts", "zip", "shakespeare")
     write_texts(tmp_path / "theirs", train="abcdefgh \n")
     model = GPTLanguageModel(vocab_size=10, n_embd=16, n_head=2, n_layer=1, block_size=8)
     torch.save(model.state_dict(), "theirs.pkl")
-    with zipfile.ZipFile("texts.zip", "w") as archive:
-        archive.writestr("zipped.txt", book)
     return tmp_path
 
 
@@ -67,89 +67,70 @@ def run_command(reader, run_main, monkeypatch):
 
     def run(command: str) -> str:
         program, name, *arguments = shlex.split(command)
-        if program == "torchrun":
-            check_torchrun([name, *arguments])
-        elif name in SCRIPTS:
-            return run_script(name, *arguments)
-        elif name == "tests/benchmark.py":
-            check_benchmark(arguments)
-        elif arguments[0] == "pytest":
-            check_pytest(arguments[1:])
+        if program == "python" and name in SCRIPTS:
+            done = run_main(name, *arguments, *SMALL[name], stdin=io.StringIO("A prompt\n"))
+            assert done.returncode == 0, (command, done.stderr)
+            return done.stderr + done.stdout
+        if program == "torchrun":  # see that the processes can share a batch
+            launcher = parse_torchrun([name, *arguments])
+            args = training.training_parser().parse_args(launcher.training_script_args)
+            assert launcher.training_script == "training.py"
+            assert args.batch_size % int(launcher.nproc_per_node) == 0
+        elif name == "tests/benchmark.py":  # it takes minutes: see that it has these flags and rows
+            source = (ROOT / name).read_text(encoding="utf-8")
+            assert all(f'"{word}"' in source for word in arguments if "/" not in word)
+        elif arguments[0] == "pytest":  # see that the file to test, or the marker, exists
+            settings = (ROOT / ".pytest.ini").read_text(encoding="utf-8")
+            assert all(
+                (ROOT / word).is_file() or f"{word}:" in settings
+                for word in arguments[1:]
+                if word != "-m"
+            )
         else:
             monkeypatch.setattr(sys, "argv", arguments)
             runpy.run_module(arguments[0], run_name="__main__")
         return ""
 
-    def run_script(name: str, *arguments) -> str:
-        stdin = io.TextIOWrapper(io.BytesIO(b"A prompt\n"), "utf-8")
-        done = run_main(name, *arguments, *SMALL[name], cwd=reader, stdin=stdin)
-        assert done.returncode == 0, (name, arguments, done.stderr)
-        return done.stderr + done.stdout
-
     return run
 
 
-def check_torchrun(arguments: list[str]) -> None:
-    """Parse the flags of the launcher and the script; see that the processes can share a batch."""
-    launcher = parse_torchrun(arguments)
-    assert launcher.training_script == "training.py"
-    args = training.training_parser().parse_args(launcher.training_script_args)
-    assert args.batch_size % int(launcher.nproc_per_node) == 0
+def commands_in(section: str) -> list[str]:
+    """Return the commands of a section, also the first one with the flags of each row of a table.
+
+    In a block they are at the beginning of a line or after another command, in the text in
+    backticks. What other programs do is not tried.
+    """
+    commands = re.findall(
+        r"(?:^    |\$ |&& |`)((?:python|torchrun) [^`&\n]+)", section, re.MULTILINE
+    )
+    rows = re.findall(r"^\|.*<br>`(-block_size .+?)`", section, re.MULTILINE)
+    return commands + [f"{commands[0]} {flags}" for flags in rows]
 
 
-def check_benchmark(arguments: list[str]) -> None:
-    """See that the benchmark, which takes minutes, has these flags and rows."""
-    source = (ROOT / "tests/benchmark.py").read_text(encoding="utf-8")
-    assert all(f'"{word}"' in source for word in arguments if "/" not in word)
+def without_figures(text: str) -> list[str]:
+    """Return the lines of a text with 0 for every number and with single blanks."""
+    lines = re.sub(r"\d[\d.,]*\d|\d", "0", text).splitlines()
+    return [" ".join(line.split()) for line in lines]
 
 
-def check_pytest(arguments: list[str]) -> None:
-    """See that the file to test, or the marker after `-m`, exists."""
-    settings = (ROOT / ".pytest.ini").read_text(encoding="utf-8")
-    assert not arguments or (ROOT / arguments[0]).is_file() or f"{arguments[1]}:" in settings
-
-
-def test_every_command_runs(run_command, reader):
-    page = [FIRST_SCREEN, *SECTIONS.values()]
-    assert sum(len(COMMAND.findall(text)) for text in page) > 25
-    for text in page:
-        if text == SECTIONS["Recipes"]:
+def test_every_command_runs_and_the_session_is_what_training_prints(run_command, reader):
+    printed = {}
+    for section in [FIRST_SCREEN, *SECTIONS.values()]:
+        if section == SECTIONS["Recipes"]:
             put(reader, {f"openwebtext/{i}.txt": b"The text of a book\n" * 100 for i in range(2)})
-        for command in COMMAND.findall(text):
-            run_command(command)
-    made = {"my_texts/zipped.txt", "my_texts/book.txt", "page.html", "mine.pkl"}
+        printed |= {command: run_command(command) for command in commands_in(section)}
+    assert len(printed) > 31 and len(commands_in(SECTIONS["What each part buys"])) > 6
+    made = {"my_texts/input.txt", "my_texts/book.txt", "page.html", "mine.pkl"}
     assert made <= {path.relative_to(reader).as_posix() for path in reader.rglob("*")}
-
-
-def test_the_rows_of_what_each_part_buys_run(run_command):
-    section = SECTIONS["What each part buys"]
-    command = COMMAND.search(section)[1]
-    rows = [line for line in section.splitlines() if "`-block_size" in line]
-    assert len(rows) > 5
-    run_command("python data_extract.py -data_dir shakespeare")
-    for row in rows:
-        run_command(" ".join([command, *INLINE_CODE.findall(row)]))
+    session = re.search(r"^    \$ (python training.*)\n((?:    .+\n)+)", FIRST_SCREEN, re.MULTILINE)
+    lines = without_figures(session[2])
+    assert len(lines) > 4 and {*lines} <= {*without_figures(printed[session[1]]), "..."}
 
 
 def test_ci_finds_the_command_that_runs_the_tests():
-    lines = [line for line in README.splitlines() if "python -m pytest" in line]
     # .ci/run takes the first.
-    assert lines[0] == "    pip install -r requirements.txt pytest && python -m pytest"
-
-
-def without_figures(text: str) -> str:
-    """Return a text with 0 for every number and with single blanks."""
-    return " ".join(re.sub(r"\d[\d.,]*\d|\d", "0", text).split())
-
-
-def test_the_session_is_what_training_prints(run_command):
-    run_command("python data_extract.py")
-    session = re.search(r"^    \$ (python training.*)\n((?:    .+\n)+)", FIRST_SCREEN, re.MULTILINE)
-    printed = without_figures(run_command(session[1]))
-    lines = [without_figures(line) for line in session[2].splitlines() if "..." not in line]
-    assert len(lines) > 3
-    for line in lines:
-        assert line in printed
+    line = re.search(".*python -m pytest.*", README)[0]
+    assert line == "    pip install -r requirements.txt pytest && python -m pytest"
 
 
 # Flags, names, files and links --------------------------------------------------------------------
@@ -158,7 +139,7 @@ def test_the_session_is_what_training_prints(run_command):
 def test_every_flag_in_the_text_exists(run_main):
     help_texts = "".join(run_main(script, "-h").stdout for script in SCRIPTS)
     known = set(re.findall(r"^ +(-\w+)", help_texts, re.MULTILINE))
-    codes = [code for code in INLINE_CODE.findall(PROSE) if code.startswith("-")]
+    codes = [code for code in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", PROSE) if code.startswith("-")]
     assert len(codes) > 30
     assert set(re.findall(r"(?<!\S)-[a-z]\w*", " ".join(codes))) <= known
 
@@ -176,8 +157,7 @@ def test_names_in_the_text_are_those_in_the_code(section):
 
 
 def test_files_in_the_text_exist():
-    names = re.findall(r"`([\w./]+\.py)`", SECTIONS["Reading the code"])
-    assert sorted(names) == sorted(SOURCES)
+    assert sorted(re.findall(r"`([\w./]+\.py)`", SECTIONS["Reading the code"])) == sorted(SOURCES)
 
 
 def test_pictures_are_what_their_names_say():
@@ -186,15 +166,12 @@ def test_pictures_are_what_their_names_say():
     assert show.endswith(".svg") and (ROOT / show).read_bytes().startswith(b"<svg")
 
 
-def anchor(heading: str) -> str:
-    """Return the part of an address that GitHub gives a heading."""
-    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
-
-
 def test_links_and_messages_lead_to_headings():
     targets = re.findall(r"(?<!!)\[[^]]+\]\(([^)]+)\)", PROSE)
     inside = {target for target in targets if target.startswith("#")}
-    assert inside and inside <= {f"#{anchor(heading)}" for heading in SECTIONS}
+    # GitHub leaves other characters than these out of the part of an address that leads to one.
+    headings = {re.sub(r"[^\w\- ]", "", heading.lower()) for heading in SECTIONS}
+    assert inside and inside <= {"#" + heading.replace(" ", "-") for heading in headings}
     assert all(target.startswith(("#", "https://")) for target in targets)
     assert re.search('README, "(.+)"', data_extract.ELSEWHERE)[1] in SECTIONS
 
@@ -224,10 +201,6 @@ def json_lines(rows: list[dict]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
-def zipped_json_lines(rows: list[dict]) -> bytes:
-    return gzip.compress(json_lines(rows))
-
-
 def parquet(rows: list[dict]) -> bytes:
     pyarrow = pytest.importorskip("pyarrow", reason="the recipe for .parquet needs pyarrow")
     buffer = io.BytesIO()
@@ -237,11 +210,22 @@ def parquet(rows: list[dict]) -> bytes:
 
 @pytest.mark.parametrize(
     "ending, pack",
-    [("jsonl", json_lines), ("jsonl.gz", zipped_json_lines), ("parquet", parquet)],
+    [
+        ("jsonl", json_lines),
+        ("jsonl.gz", lambda rows: gzip.compress(json_lines(rows))),
+        ("parquet", parquet),
+    ],
 )
 def test_the_recipe_for_tables_of_texts(tmp_path, monkeypatch, ending, pack):
-    put(tmp_path, {"my_texts/a.txt": b"", "downloads/README.md": b"not a text to train on"})
-    put(tmp_path / "downloads", {f"a.{ending}": pack(ROWS[:1]), f"b.{ending}": pack(ROWS)})
+    put(
+        tmp_path,
+        {
+            "my_texts/a.txt": b"",
+            "downloads/README.md": b"not a text to train on",
+            f"downloads/a.{ending}": pack(ROWS[:1]),
+            f"downloads/b.{ending}": pack(ROWS),
+        },
+    )
     monkeypatch.chdir(tmp_path)
     exec(TABLES, {})
     one, other = (f"{ROWS[number]['text']}\n\n" for number in (0, 2))

@@ -129,8 +129,10 @@ def test_a_limit_on_file_sizes_is_named_and_leaves_the_former_model(tmp_path, ru
 
 @pytest.mark.soak
 def test_a_killed_extraction_leaves_former_or_whole_files(tmp_path, start_script, run_script):
-    texts = [f"{i} is the text of this archive\n".encode() * 30_000 for i in range(12)]
-    put(tmp_path, {f"in/{i}.xz": xz(text) for i, text in enumerate(texts)})
+    put(
+        tmp_path,
+        {f"in/{i}.xz": xz((b"%d is the text of this archive\n" % i) * 30_000) for i in range(12)},
+    )
     assert run_script("data_extract.py", "-data_dir=in", "-output_dir=whole").returncode == 0
     new, outcomes, chance = read_three(tmp_path / "whole"), [], random.Random(1)
     for _ in range(40):  # from the first byte to the last rename
@@ -164,8 +166,7 @@ def test_a_file_of_a_run_that_is_held_open_at_each_save(
     def hold_and_save(*args) -> None:
         until[0] = time.monotonic() + seconds
         if os.name == "nt" and (tmp_path / name).exists():
-            file = open(tmp_path / name, "rb")  # noqa: SIM115
-            threading.Timer(seconds, file.close).start()
+            threading.Timer(seconds, open(tmp_path / name, "rb").close).start()  # noqa: SIM115
         save(*args)
 
     if os.name != "nt":
