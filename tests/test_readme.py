@@ -198,7 +198,7 @@ ROWS = [
 
 
 def json_lines(rows: list[dict]) -> bytes:
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
 def parquet(rows: list[dict]) -> bytes:
