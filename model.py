@@ -487,8 +487,12 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
                 if error.errno not in NO_FSYNC:
                     raise
         replace(temporary, target)
-    except OSError as error:  # in which Python names no file when the disk is full
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    except (OSError, RuntimeError) as error:
+        # torch.save hides what the system says, of a full disk perhaps, behind a RuntimeError.
+        reason = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(reason, OSError):
+            raise
+        raise OSError(reason.errno, reason.strerror or str(reason), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -96,7 +96,7 @@ each_script = pytest.mark.parametrize(
 @each_script
 def test_a_disk_that_is_full_sooner_or_later(disk, run_here, command, former, check):
     named = set()
-    for free in [*range(0, 200, 12), 900]:
+    for free in [*range(0, 200, 4), 900]:
         fill(disk, former, free)
         result = run_here(*command)
         check(disk, failed=result.returncode != 0)
