@@ -207,12 +207,13 @@ def read_content(
     They are an archive of their own, or else a member of a tar, `level` archives deep. Raises
     NotText and Damaged.
     """
-    if name.lower().endswith(".xz"):
+    ending = name[-4:].lower()
+    if ending.endswith(".xz"):
         return read_xz(stream, size, counts, level, is_archive)
-    is_tar = name.lower().endswith(".tar")
     head = stream.read(min(BLOCK, size))
-    if is_tar or is_tar_header(head):
-        return read_tar(stream, head, size, counts, level, is_listed=is_archive and is_tar)
+    if ending == ".tar" or is_tar_header(head):
+        is_listed = is_archive and ending == ".tar"
+        return read_tar(stream, head, size, counts, level, is_listed)
     return read_text(read_blocks(stream, head, size), counts, is_archive)
 
 
@@ -384,7 +385,7 @@ def is_tar_header(block: bytes) -> bool:
     digits = field.strip(b"\0 ").lstrip(b"0")
     if len(block) < BLOCK or not digits.isdigit():  # few texts get further
         return False
-    total = sum(block) - sum(field) + sum(b" " * 8)  # made with blanks in its own place
+    total = sum(block) - sum(field) + 8 * ord(" ")  # made with blanks in its own place
     return digits == b"%o" % total
 
 
