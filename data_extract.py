@@ -466,8 +466,7 @@ def count_characters(blocks: Iterable[bytes]) -> Counter[str]:
         seen.update(chr(code) for code in COMMON if code in block)
         utf_32 = decoder.decode(block.translate(None, COMMON)).encode("utf-32-le")
         found = np.bincount(np.frombuffer(utf_32, dtype="<u4"))  # by code point
-        codes = np.flatnonzero(found)
-        seen.update(dict(zip(map(chr, codes.tolist()), found[codes].tolist())))
+        seen.update({chr(code): int(found[code]) for code in np.flatnonzero(found)})
     return seen
 
 

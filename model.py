@@ -60,8 +60,9 @@ class Head(nn.Module):
         self.value = Linear(n_embd, head_size, bias=False)
         # Row t is True up to column t, so that no step sees the future. Not persistent: files do
         # without it.
-        tril = torch.ones(block_size, block_size, dtype=torch.bool).tril()
-        self.register_buffer("tril", tril, persistent=False)
+        self.register_buffer(
+            "tril", torch.ones(block_size, block_size, dtype=torch.bool).tril(), persistent=False
+        )
         self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -567,13 +568,12 @@ def shape_of(weights: dict[str, Tensor]) -> dict[str, int]:
     Raises one of many exceptions for other weights.
     """
     vocab_size, n_embd = weights["token_embedding_table.weight"].shape
-    parts = [name.split(".") for name in weights]  # as in blocks.0.sa.heads.3.key.weight
-    layers = {part[1] for part in parts if part[0] == "blocks"}
-    heads = {part[4] for part in parts if part[:4] == ["blocks", "0", "sa", "heads"]}
+    head_size = len(weights["blocks.0.sa.heads.0.key.weight"])
+    layers = [name for name in weights if name.endswith(".ln1.weight")]
     return {
         "vocab_size": vocab_size,
         "n_embd": n_embd,
-        "n_head": len(heads),
+        "n_head": n_embd // head_size,
         "n_layer": len(layers),
         "block_size": len(weights["position_embedding_table.weight"]),
     }
