@@ -713,8 +713,9 @@ class Interruption:
     forwards every signal to its processes.
     """
 
-    received = 0  # by this process
-    signal = 0  # by any process, once all have agreed on it
+    def __init__(self):
+        self.received = 0  # by this process
+        self.signal = 0  # by any process, once all have agreed on it
 
     def __enter__(self) -> Interruption:
         numbers = [signal.SIGINT, signal.SIGTERM]
