@@ -22,6 +22,7 @@ import shutil
 import signal
 import string
 import sys
+import tarfile
 import tempfile
 import threading
 import time
@@ -54,7 +55,6 @@ HEAD = 8000  # bytes at the beginning of a text that hold no NUL, as git and gre
 MOST_INVALID = 0.2  # of a text's characters; Chinese in GBK has 0.69, French in Windows-1252 0.04
 SHARE = "{:.0f} % of its characters are not UTF-8 (NULs included)"
 DOUBTFUL = 0.01  # an archive with a larger share is named in the summary
-PAX_RECORD = re.compile(rb"(\d{1,9}) ([^=\n]+)=")  # what a record begins with: length, key
 COMMON = b"\n\t" + bytes(range(32, 127))  # most of most texts
 # What the system says of a lock that another process holds. Wine, a Windows on Linux, says 0.
 HELD = {errno.EACCES, 0} if os.name == "nt" else {errno.EWOULDBLOCK}
@@ -353,19 +353,21 @@ def tar_members(
     place = stream.tell() - len(header)
     end = place + size
     is_ended = False
-    extended = {}  # what extra headers say of the next member
+    extra = b""  # headers that say more of the next member, with their content
     while header := header or stream.read(min(BLOCK, end - place)):
         place += len(header)
         is_ended = not header.strip(b"\0")  # NULs end a tar
         if not is_ended:
-            name, size = parse_header(header, extended)
             kind = header[156:157]
-            if kind == b"L":  # GNU tar's way to give a long name
-                extended[b"path"] = stream.read(min(size, CHUNK))
-            elif kind == b"x":  # and that of pax, also for a huge size
-                extended |= parse_pax(stream.read(min(size, CHUNK)))
+            is_extra = kind in (b"L", b"K", b"x")
+            name, size = parse_header(header, b"" if is_extra else extra)
+            if is_extra:
+                content = stream.read(min(size + -size % BLOCK, CHUNK))
+                # Many tars give the time of each member so, which says nothing here.
+                if kind != b"x" or b"path=" in content or b"size=" in content:
+                    extra = (extra + header + content)[:CHUNK]  # more than that is damaged
             else:
-                extended = {}
+                extra = b""
                 is_file = kind in (b"0", b"\0", b"7") and not name.endswith("/")
                 reason = reason_in_name(name)
                 if is_file and reason:
@@ -389,37 +391,30 @@ def is_tar_header(block: bytes) -> bool:
     return digits == b"%o" % total
 
 
-def parse_header(header: bytes, extended: dict[bytes, bytes]) -> tuple[str, int]:
-    """Return a member's name and size. The fields' places are those of ustar. Raises Damaged."""
-    if not is_tar_header(header):
-        raise Damaged("the tar in it is damaged or cut short, or something else follows it")
+def parse_header(header: bytes, extra: bytes) -> tuple[str, int]:
+    """Return a member's name and size. The fields' places are those of ustar.
+
+    `extra` holds what stands before this header and belongs to the same member. Raises Damaged.
+    """
+    if not is_tar_header(header) or header[156:157] == b"S":  # whose content is a map and pieces
+        raise Damaged("the tar in it is damaged, cut short or sparse, or something else follows it")
     path = header[:100].rstrip(b"\0")
     if header[257:263] == b"ustar\0":
         path = (header[345:500].rstrip(b"\0") + b"/" + path).lstrip(b"/")
-    digits = header[124:136]
-    is_binary = digits[0] & 0x80  # as GNU tar has it from 8 GB on
-    octal = digits.strip(b"\0 ") or b"0"
-    try:
-        size = int.from_bytes(digits[1:], "big") if is_binary else int(octal, 8)
-        size = max(0, int(extended.get(b"size", size)))  # a negative one would lead back here
-    except ValueError:
-        raise Damaged("the tar in it is damaged") from None
-    if header[156:157] in b"123456":  # links, devices and folders have no content, whatever size
-        size = 0
-    return extended.get(b"path", path).rstrip(b"\0").decode("utf-8", "replace"), size
-
-
-def parse_pax(data: bytes) -> dict[bytes, bytes]:
-    r"""Return what the records of a pax header say: `length key=value\n`. Raises Damaged."""
-    values, place = {}, 0
-    while place < len(data):
-        found = PAX_RECORD.match(data, place)
-        end = place + int(found[1]) if found else 0
-        if data[end - 1 : end] != b"\n":  # the length decides: a value may hold line ends
-            raise Damaged("the tar in it is damaged")
-        values[found[2]] = data[found.end() : end - 1]
-        place = end
-    return values
+    name = path.decode("utf-8", "replace")
+    octal = header[124:136].strip(b"\0 ")
+    if extra or octal.strip(b"01234567"):
+        # tarfile knows the longer names and the sizes above 8 GB of all kinds of tars.
+        file = io.BytesIO(extra + header)
+        try:
+            member = tarfile.TarFile(fileobj=file, encoding="utf-8", errors="replace").next()
+        except (tarfile.TarError, ValueError, RecursionError):
+            raise Damaged("the tar in it is damaged") from None
+        name, size = member.name, max(0, member.size)  # a negative one would lead back here
+    else:
+        size = int(octal or b"0", 8)
+    # Links, devices and folders have no content, whatever size.
+    return name, 0 if header[156:157] in b"123456" else size
 
 
 # Extracting one archive, in worker processes ------------------------------------------------------

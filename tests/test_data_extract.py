@@ -348,8 +348,11 @@ def test_no_byte_of_an_xz_file_can_be_lost_or_changed_unnoticed(tmp_path, packed
     [
         *(CUT[:end] for end in (400, 512, 1024, 1100, 1536, 2048, 2560)),
         *(ONE + b"text" * 500, ONE + TWO[:800], ONE + bytes(512) + flip(TWO, 3)),
-        *(pax(record, ("a", b"a")) for record in (b"12 path=a.b", b"8 path=a\n", b"99 path=a\n")),
-        *(pax(record, ("a", b"a")) for record in (b"path=a\n", b"0 path=a\n", b"9 path:a\n")),
+        tar([("a", b"a"), (member("hole.txt", tarfile.GNUTYPE_SPARSE, 512), b"x" * 512)]),
+        pax(
+            b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n31 GNU.sparse.realsize=10000\n",
+            ("hole.txt", b"1\n0\n4\n" + bytes(506)),
+        ),
         *(OUTER[:end] for end in (100, 512, 600, OUTER_MEMBER + 100)),
         *(OUTER[:end] for end in range(2 * OUTER_MEMBER - 1, 3 * OUTER_MEMBER, 512)),
         *(flip(OUTER, OUTER_MEMBER * i + at) for i in (1, 2) for at in (0, 130, 150, 258)),
@@ -362,9 +365,25 @@ def test_no_byte_of_an_xz_file_can_be_lost_or_changed_unnoticed(tmp_path, packed
         nested(30, "a.tar.xz", xz),
     ],
 )
-def test_a_tar_that_is_cut_too_deep_or_followed_by_something_is_damaged(tmp_path, name, data):
+def test_a_tar_that_is_cut_sparse_too_deep_or_followed_by_something_is_damaged(
+    tmp_path, name, data
+):
     with pytest.raises(data_extract.Damaged):
         read_all(put(tmp_path, pack(name, data)))
+
+
+@TAR_NAMES
+@pytest.mark.parametrize(
+    "record",
+    [
+        *(b"12 path=a.b", b"8 path=a\n", b"99 path=a\n", b"path=a\n", b"0 path=a\n", b"9 path:a\n"),
+        b"size=12\n",
+    ],
+)
+def test_a_record_that_is_none_is_damage_or_means_nothing(tmp_path, name, record):
+    """The tarfile of each version of Python decides which."""
+    with suppress(data_extract.Damaged):
+        assert read_all(put(tmp_path, pack(name, pax(record, ("a", b"a")))))[0] == "a\n\n"
 
 
 @pytest.mark.parametrize("seed", range(200))
