@@ -464,8 +464,11 @@ def replace(source: Path, target: Path) -> None:
             return os.replace(source, target)
         except PermissionError as error:
             if time.monotonic() > deadline:
-                reason = f"{error.strerror}; does another program have it open?"
-                raise PermissionError(error.errno, reason, str(target)) from None
+                raise PermissionError(
+                    error.errno,
+                    f"{error.strerror}; does another program have it open?",
+                    str(target),
+                ) from None
         time.sleep(0.1)
 
 
@@ -784,6 +787,7 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.filename:  # whatever can be foreseen names its file
         return f"{error.filename}: {error.strerror}"
     # The word "memory" alone proves nothing: "an illegal memory access was encountered" is a bug.
-    pattern = "DefaultCPUAllocator|out of memory|Storage size calculation overflowed"
-    is_full = isinstance(error, RuntimeError) and re.search(pattern, str(error))
+    is_full = isinstance(error, RuntimeError) and re.search(
+        "DefaultCPUAllocator|out of memory|Storage size calculation overflowed", str(error)
+    )
     return "not enough memory" if is_full or isinstance(error, MemoryError) else None
