@@ -536,8 +536,7 @@ def extract(
 def extract_all(archives: list[Archive], parts: Path) -> Iterator[tuple[Counter, Counter, str]]:
     """Yield what came out of each archive, in order. Worker processes write texts to `parts`."""
     # A container may see 64 cores and have two.
-    is_known = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if is_known else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = min(cores, 16, len(archives))
     spawn = multiprocessing.get_context("spawn")  # the same on every system, safe beside threads
     with ProcessPoolExecutor(workers, spawn, start_worker) as pool:
