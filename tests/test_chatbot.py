@@ -76,7 +76,9 @@ def chat(tmp_path, run_main):
         **streams,
     ):
         save(tmp_path, characters, shape, scale)
-        streams = {"stdin": io.TextIOWrapper(io.BytesIO(typed), encoding), **streams}
+        # Some input of Windows keeps its \r, as newline="\n" does.
+        stdin = io.TextIOWrapper(io.BytesIO(typed), encoding, newline="\n")
+        streams = {"stdin": stdin, **streams}
         done = run_main("chatbot.py", "-device=cpu", *flags, **streams)
         assert done.returncode == status, done.stderr
         return done
@@ -260,6 +262,20 @@ def test_ctrl_c_ends_an_answer_and_at_the_prompt_the_chat(start_script, tmp_path
     wait_until_shown(run, "\r\n", "stdout")
 
 
+def test_each_character_is_shown_before_the_next_one_is_made(chat, monkeypatch):
+    output, shown, stream = io.BytesIO(), [], GPTLanguageModel.stream
+
+    def watched(*arguments):
+        for token in stream(*arguments):
+            shown.append(len(output.getvalue()))
+            yield token
+
+    monkeypatch.setattr(GPTLanguageModel, "stream", watched)
+    stdout = io.TextIOWrapper(io.BufferedWriter(output), "utf-8", newline="\n")
+    chat("-prompt=a", "-max_new_tokens=5", stdout=stdout)
+    assert shown == [len("Completion:\na") + count for count in range(5)]
+
+
 def test_characters_appear_as_they_are_made_and_a_closed_pipe_ends_the_chat(start_script, tmp_path):
     save(tmp_path)
     run = start_script("chatbot.py", "-prompt=a", "-max_new_tokens=10000000")
@@ -360,7 +376,7 @@ BROWSERS = [
 ]
 OPTIONS = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
 HIDDEN = "\u2028\u202e\ud800\0\x1b\x85\t\r"  # can't be seen, or would do something to the text
-HOSTILE = f"</script><!--<b>&amp;$DATA🙂e\u0301\n{HIDDEN}"
+HOSTILE = f"</script><!--<b>&amp;$DATAe\u0301\n🙂{HIDDEN}"
 
 
 @pytest.fixture
