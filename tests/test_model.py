@@ -461,7 +461,7 @@ def sources(finished_run, theirs, tmp_path, run_main):
     return tmp_path
 
 
-@pytest.mark.parametrize("step", [1999, pytest.param(1, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("step", [2999, pytest.param(1, marks=pytest.mark.soak)])
 @pytest.mark.parametrize(
     "name", ["run.pkl", "model-01.state.pkl", "state_dict.pkl", "protocol-4.pkl"]
 )
