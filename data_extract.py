@@ -202,10 +202,10 @@ def read_archive(archive: Archive, counts: Counter[str]) -> Iterator[str]:
 def read_content(
     name: str, stream: BinaryIO, size: int, counts: Counter[str], level: int, is_archive: bool
 ) -> Iterator[str]:
-    """Return the text of the next `size` bytes of a stream, opened by their name and what they are.
+    """Return the text of the next `size` bytes of a stream, in pieces.
 
-    They are an archive of their own, or else a member of a tar, `level` archives deep. Raises
-    NotText and Damaged.
+    Their name and what they begin with decide how they are read. They are an archive of their own,
+    or else a member of a tar, `level` archives deep. Raises NotText and Damaged.
     """
     ending = name[-4:].lower()
     if ending.endswith(".xz"):
@@ -363,9 +363,9 @@ def tar_members(
             name, size = parse_header(header, b"" if is_extra else extra)
             if is_extra:
                 content = stream.read(min(size + -size % BLOCK, CHUNK))
-                # Many tars give the time of each member so, which says nothing here.
+                # Many tars have a header for the time of each member, which is not needed here.
                 if kind != b"x" or b"path=" in content or b"size=" in content:
-                    extra = (extra + header + content)[:CHUNK]  # more than that is damaged
+                    extra = (extra + header + content)[:CHUNK]  # tarfile refuses what is cut
             else:
                 extra = b""
                 is_file = kind in (b"0", b"\0", b"7") and not name.endswith("/")
@@ -404,7 +404,7 @@ def parse_header(header: bytes, extra: bytes) -> tuple[str, int]:
     name = path.decode("utf-8", "replace")
     octal = header[124:136].strip(b"\0 ")
     if extra or octal.strip(b"01234567"):
-        # tarfile knows the longer names and the sizes above 8 GB of all kinds of tars.
+        # tarfile reads long names and sizes above 8 GB, whatever program wrote them.
         file = io.BytesIO(extra + header)
         try:
             member = tarfile.TarFile(fileobj=file, encoding="utf-8", errors="replace").next()

@@ -113,13 +113,8 @@ class MultiHeadAttention(nn.Module):
 
     def joined_weight(self) -> Tensor:
         """Return the weights of all queries, then keys, then values, on one another: (3·H·D, C)."""
-        return torch.cat(
-            [
-                getattr(head, name).weight
-                for name in ("query", "key", "value")
-                for head in self.heads
-            ]
-        )
+        names = ("query", "key", "value")
+        return torch.cat([getattr(head, name).weight for name in names for head in self.heads])
 
 
 class FeedForward(nn.Module):
@@ -655,7 +650,7 @@ def find_weights(content) -> dict[str, Tensor]:
     weights = {
         re.sub(r"\b(_orig_mod|module)\.", "", str(name)): weight
         for name, weight in content.items()
-        if not str(name).endswith("tril")
+        if not str(name).endswith(".tril")
     }
     if "token_embedding_table.weight" not in weights:
         raise ValueError("it holds no weights of a GPTLanguageModel")

@@ -550,12 +550,14 @@ def describe_end(run: Namespace) -> str:
     nats = mean_loss(model, text, islice(rows, limit), in_float32)
     is_cut = next(rows, None) is not None
     part = f"first {limit * settings.block_size:,} characters of the" if is_cut else "whole"
-    reason = (
-        f"stopped after step {record.step}: no better model in {settings.patience} evaluations\n"
-    )
+    reason = ""
+    if record.step < settings.max_iters:
+        reason = (
+            f"stopped after step {record.step}: no better model in {settings.patience} "
+            "evaluations\n"
+        )
     return (
-        f"{reason if record.step < settings.max_iters else ''}"
-        f"best model, of step {record.best_step}: {nats:.4f} nats = "
+        f"{reason}best model, of step {record.best_step}: {nats:.4f} nats = "
         f"{nats / math.log(2):.3f} bits per character\nover the {part} validation text; "
         f"talk to it: python chatbot.py -model {settings.model}"
     )
@@ -608,8 +610,8 @@ def kept(path: Path) -> Path:
     Of a link, that is beside its target.
     """
     target = Path(os.path.realpath(path))
-    name = re.sub(r"((\.state|\.metrics)?\.\w+|)$", r".old\1", target.name, count=1)
-    return target.with_name(name)
+    ending = r"(\.state\.pkl|\.metrics\.csv|\.pkl|)$"
+    return target.with_name(re.sub(ending, r".old\1", target.name, count=1))
 
 
 def lock_model(model: Path, stack: ExitStack) -> None:
@@ -838,12 +840,13 @@ def settle(parser: Parser, args: Namespace, given: dict) -> tuple[Namespace, tup
     settled = {}
     state_path = sibling(args.model, ".state.pkl")
     if args.resume and state_path.exists():
-        start, settled = read_state(parser, args, given)
+        start, settled = read_state(parser, state_path, args.model, given)
         refuse_contradictions(parser, given, {**parser.defaults, **settled}, state_path)
     elif args.init_from:
         vocabulary = Vocabulary.from_file(args.vocab) if args.vocab else None
-        start = (*load_model(args.init_from, vocabulary=vocabulary), None)
-        settled = {name: start[0].config[name] for name in SHAPE}
+        model, vocabulary = load_model(args.init_from, vocabulary=vocabulary)
+        start = (model, vocabulary, None)
+        settled = {name: model.config[name] for name in SHAPE}
         refuse_contradictions(parser, given, settled, args.init_from)
     if args.resume and start[-1] is None:
         show(f"{state_path}: there is no run to go on with, so a new one starts", sys.stderr)
@@ -861,14 +864,13 @@ def settle(parser: Parser, args: Namespace, given: dict) -> tuple[Namespace, tup
     return settings, start
 
 
-def read_state(parser: Parser, args: Namespace, given: dict) -> tuple[tuple, dict]:
-    """Return what the run of this -model has saved, and its flags.
+def read_state(parser: Parser, path: Path, model: Path, given: dict) -> tuple[tuple, dict]:
+    """Return what the run that trains this model has saved, and its flags.
 
     That is weights, vocabulary and state. The saved device is left out if another is given, since
     it may be missing here. Raises OSError and ModelFileError. Ends the program if a flag is wrong.
     """
-    path = sibling(args.model, ".state.pkl")
-    advice = f"without -resume, -init_from {args.model} starts a new run from the best model"
+    advice = f"without -resume, -init_from {model} starts a new run from the best model"
     weights, vocabulary, content = read_model(path, None, advice)
     state = content.get("training")
     is_state = isinstance(state, dict) and isinstance(state.get("flags"), dict)

@@ -73,7 +73,7 @@ def run_command(reader, run_main, monkeypatch):
             return done.stderr + done.stdout
         if program == "torchrun":  # see that the processes can share a batch
             launcher = parse_torchrun([name, *arguments])
-            args = training.training_parser().parse_args(launcher.training_script_args)
+            args, _ = training.training_parser().parse(launcher.training_script_args)
             assert launcher.training_script == "training.py"
             assert args.batch_size % int(launcher.nproc_per_node) == 0
         elif name == "tests/benchmark.py":  # it takes minutes: see that it has these flags and rows
